@@ -1,0 +1,205 @@
+"""Every key a user may set, with its type, unit, range and origin: this file is the reference manual of the recipes.
+
+A `RunConfig` is what was asked, never what follows from it (that is `plan.RunPlan`). Lengths are in tokens. `None` means "not asked":
+the plan fills it in, or the key has no meaning for the chosen schedule. Rules across keys live in `plan/rules.py`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Initialization(str, Enum):
+    """How weights start. The two differ in the projections that write to the residual stream (std `init_std` elsewhere)."""
+
+    gpt = "gpt"  # init_std / sqrt(2 x layers): a Transformer block adds to the residual twice (Megatron-LM's GPT default)
+    nemotron_h = "nemotron_h"  # init_std / sqrt(layers): a layer of the pattern adds to it once (Megatron-LM is_hybrid_model)
+
+
+class PrecisionFormat(str, Enum):
+    """What the matrix products of the layers compute in. Optimizer state is float32 with every format."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class LrSchedule(str, Enum):
+    wsd = "wsd"  # warm up, hold the peak, decay over the last `decay_tokens`
+    cosine = "cosine"  # warm up, then one half cosine from peak to min until `train_tokens`
+    constant = "constant"  # warm up, then hold the peak
+
+
+class DecayShape(str, Enum):
+    """The decay of a `wsd` schedule, named as in Megatron-Core's `lr_wsd_decay_style`."""
+
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+    minus_sqrt = "minus_sqrt"  # 1 - sqrt(progress)
+
+
+class Recompute(str, Enum):
+    """Which activations are computed again in the backward pass instead of being kept."""
+
+    none = "none"
+    selective = "selective"  # the inside of every Mamba mixer and attention core; their projections are kept
+    full = "full"  # every layer keeps only its input
+
+
+class WandbMode(str, Enum):
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(frozen=True)
+class RunSection:
+    name: str = MISSING  # what the run is called in titles and in wandb
+    dir: str = "runs/${run.name}"  # everything the run writes; start the same command again to go on from it
+    seed: int = 1234  # initial weights, data order and dropout-free randomness follow from it; >= 0
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The hybrid stack. Names are Megatron-Core's. Numbers of the published models: see the recipes."""
+
+    layer_pattern: str = MISSING  # one letter a layer: M Mamba-2, * attention, - MLP; `|` marks pipeline cuts by hand
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING  # inner width of the squared-ReLU MLP
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING  # key/value heads
+    attention_head_dim: int = MISSING
+    mamba_num_heads: int = MISSING
+    mamba_head_dim: int = MISSING
+    mamba_num_groups: int = MISSING  # groups that share B and C; also the groups of the gated norm
+    mamba_state_dim: int = MISSING
+    mamba_conv_kernel: int = 4
+    mamba_chunk_size: int = 128  # tokens the SSD scan takes at once: speed and memory only, the result is the same
+    vocab_size: int = MISSING  # rows of the embedding; at least the tokenizer's size, divisible by tensor_parallel_size
+    tied_embeddings: bool = False  # the output layer uses the embedding's weights
+    norm_epsilon: float = 1e-5
+    initialization: Initialization = Initialization.nemotron_h
+    init_std: float = 0.02  # the papers state none; 0.02 is initializer_range of the released configurations
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How one model replica is cut over ranks; data parallelism takes the ranks that are left."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    virtual_pipeline_size: int = 1  # model chunks per pipeline rank (interleaved schedule)
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False  # norms and residuals split over the sequence between tensor-parallel regions
+    overlap_grad_reduce: bool = True  # reduce gradients while the backward pass runs
+    overlap_param_gather: bool = False  # gather updated weights while the next forward pass runs
+    timeout_seconds: int = 600  # a collective that waits longer fails the run
+
+
+@dataclass(frozen=True)
+class PrecisionSection:
+    format: PrecisionFormat = PrecisionFormat.bf16
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A body of text with one weight in the blend: shards (`PREFIX.bin` + `PREFIX.idx`) read as one stream of tokens."""
+
+    name: str = MISSING
+    prefixes: list[str] = field(default_factory=list)  # under data.path unless absolute; `*` expands, sorted by name
+    eval_prefixes: list[str] = field(default_factory=list)  # held-out shards of this source; may be empty
+
+
+@dataclass(frozen=True)
+class SourceWeight:
+    source: str = MISSING
+    weight: float = MISSING  # >= 0; the weights of a phase are normalised to a sum of 1
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """From `start_tokens` on (until the next phase) sources are drawn with these weights."""
+
+    start_tokens: int = MISSING  # 0 for the first phase, rising
+    weights: list[SourceWeight] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    path: str = MISSING  # folder the prefixes and the tokenizer are relative to
+    tokenizer: str = "tokenizer.json"  # of the tokens in the shards; its size is checked against model.vocab_size
+    sources: list[SourceConfig] = field(default_factory=list)
+    phases: list[PhaseConfig] = field(default_factory=list)
+    max_epochs: float = 8.0  # refuse a blend that repeats a source more often (Nemotron-H §2.2 stays within 4 to 8)
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW with decoupled weight decay. Defaults: Nemotron-H §2.4, Nano 2; epsilon and clipping: Megatron-Bridge."""
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.1  # not applied to norms, biases, A_log, D, dt_bias
+    clip_grad_norm: float = 1.0  # 0 = no clipping
+
+
+@dataclass(frozen=True)
+class LrSection:
+    """Learning rate as a function of the tokens consumed before a step."""
+
+    schedule: LrSchedule = MISSING
+    peak: float = MISSING
+    min: float | None = None  # value at and after train_tokens; not for `constant`
+    warmup_tokens: int = 0  # linear from 0 to peak
+    decay_tokens: int | None = None  # `wsd` only: length of the decay that ends at train_tokens
+    decay_shape: DecayShape | None = None  # `wsd` only
+
+
+@dataclass(frozen=True)
+class BatchStep:
+    start_tokens: int = MISSING
+    global_batch_size: int = MISSING
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    train_tokens: int = MISSING  # the run takes as many whole steps as fit
+    seq_length: int = MISSING  # tokens of a sample
+    global_batch_size: int = MISSING  # samples of an optimizer step, all ranks
+    micro_batch_size: int = 1  # samples of one forward and backward on one rank: speed and memory only
+    batch_schedule: list[BatchStep] = field(default_factory=list)  # other global batch sizes from given tokens on
+    eval_every_steps: int = 0  # 0 = never; the end of a run with held-out shards is always evaluated
+    eval_tokens: int = 1_000_000  # of each source's held-out shards (less where they hold less)
+    recompute: Recompute = Recompute.none
+    max_skipped_steps: int = 10  # stop after this many steps in a row were skipped for non-finite gradients
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    every_steps: int = 0  # 0 = only at the end and when stopped by a signal
+    resume: str = "auto"  # auto: the newest complete one in run.dir; never: refuse if there is one; or a checkpoint folder
+
+
+@dataclass(frozen=True)
+class LogSection:
+    every_steps: int = 1  # metrics.jsonl and the console take every so many steps (the last step always)
+    wandb: WandbMode = WandbMode.off
+    wandb_project: str = "nemotron-train"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What was asked for. Frozen: what follows from it goes into `plan.RunPlan`."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    precision: PrecisionSection = field(default_factory=PrecisionSection)
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    lr: LrSection = field(default_factory=LrSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    log: LogSection = field(default_factory=LogSection)
