@@ -1,0 +1,120 @@
+"""Saves and loads weights and optimizer state through Megatron-Core's `dist_checkpointing` (`torch_dist`), readable under any layout."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from nemotron_train.checkpoint.commit import Commit, commit_folder, read_commit, start_folder
+from nemotron_train.checkpoint.resume import checkpoints_folder, model_facts
+from nemotron_train.config.load import fingerprint
+from nemotron_train.engine.wrap import weights_complete
+from nemotron_train.errors import CheckpointError
+from nemotron_train.runtime import Progress, Runtime
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
+    """Write one checkpoint under the run folder, all ranks together, and commit it.
+
+    Args:
+        data_hash: of everything that decided the samples up to now (`BlendPlan.past_hash`).
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write; the temporary folder is gone then.
+    """
+    config = run.plan.config
+    folder = _from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
+    try:
+        with weights_complete(run.chunks):
+            state = sharded_state(run, is_loading=False)
+            dist_checkpointing.save(state, str(folder), content_metadata=_stored_metadata())
+    except (OSError, RuntimeError, CheckpointingException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"Cannot write the checkpoint of step {progress.step} to {folder}: {error}") from error
+    return _from_rank_zero(
+        lambda: commit_folder(
+            folder,
+            **asdict(progress),
+            model=model_facts(config.model),
+            config_fingerprint=fingerprint(config),
+            data_hash=data_hash,
+            layout=asdict(run.plan.layout),
+            versions={name: version(name) for name in ("torch", "megatron-core", "numpy")},
+        )
+    )
+
+
+def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None]) -> Commit:
+    """Load weights, master weights and moments from a checkpoint written under any layout.
+
+    Args:
+        check: raises if the run must not go on from this commit; called before anything is loaded.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged, or of another model.
+    """
+    commit = read_commit(folder)
+    check(commit)
+    state = sharded_state(run, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder))
+    except (OSError, RuntimeError, ValueError, KeyError, CheckpointingException) as error:
+        raise CheckpointError(f"Cannot load {folder}: {error}") from error
+    for index, chunk in enumerate(run.chunks):
+        chunk.module.load_state_dict(loaded[f"model{index}"])
+    run.optimizer.load_state_dict(loaded["optimizer"])
+    return commit
+
+
+def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
+    """The state of a run as Megatron-Core shards it: one entry per model chunk, and the optimizer."""
+    if is_loading:
+        _give_adam_its_step(run)
+    metadata = {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
+    state: dict[str, Any] = {f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)}
+    model_state = {f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()}
+    state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _stored_metadata() -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _give_adam_its_step(run: Runtime) -> None:
+    """torch's AdamW knows no step before its first update, and Megatron-Core asks for one to lay out the state it loads."""
+    for part in run.optimizer.chained_optimizers:
+        adam = part.optimizer
+        if isinstance(adam, torch.optim.AdamW):
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    adam.state[parameter].setdefault("step", torch.tensor(0.0))
+
+
+def _from_rank_zero(act: Any) -> Path:
+    """Let rank 0 do something on disk and tell all ranks the result, so that they fail together.
+
+    Raises:
+        CheckpointError: on every rank, if rank 0's `act` raised it or an OSError.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except (CheckpointError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]

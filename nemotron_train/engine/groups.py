@@ -1,0 +1,88 @@
+"""Starts torch.distributed and Megatron-Core's process groups for a layout, and ends them on every path."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nemotron_train.engine.megatron_on_cpu import run_megatron_on_cpu
+from nemotron_train.errors import ConfigError
+from nemotron_train.plan.layout import Layout
+from nemotron_train.platform.device import Platform
+from nemotron_train.platform.ranks import LaunchedRank
+
+Groups = ProcessGroupCollection  # the name the rest of the house uses
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def process_groups(
+    layout: Layout, platform: Platform, me: LaunchedRank, *, timeout_seconds: int, seed: int
+) -> Iterator[Groups]:
+    """Hold the process groups of a layout for the length of a `with` block.
+
+    Raises:
+        ConfigError: the launch has another number of ranks than the layout.
+    """
+    if me.world_size != layout.world_size:
+        raise ConfigError(f"The plan is for {layout.world_size} ranks but {me.world_size} were started.")
+    if not platform.is_cuda:
+        run_megatron_on_cpu()
+    start_torch_distributed(platform, me, timeout_seconds)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            context_parallel_size=layout.context,
+            distributed_timeout_minutes=max(1, timeout_seconds // 60),
+            # Gloo copies of the groups are for NCCL runs; on the CPU the groups are gloo's already.
+            create_gloo_process_groups=platform.is_cuda,
+        )
+        # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators.
+        model_parallel_cuda_manual_seed(seed)
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def start_torch_distributed(platform: Platform, me: LaunchedRank, timeout_seconds: int) -> None:
+    """Meet the other ranks through the launcher's rendezvous; a run of one rank needs no network at all."""
+    timeout = timedelta(seconds=timeout_seconds)
+    device_id = platform.device if platform.is_cuda else None
+    if me.is_launched:
+        dist.init_process_group(platform.backend, timeout=timeout, rank=me.rank, world_size=me.world_size, device_id=device_id)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(platform.backend, timeout=timeout, rank=0, world_size=1, store=store, device_id=device_id)
+
+
+def check_same_on_all_ranks(fingerprint: str, what: str) -> None:
+    """Compare a fingerprint across ranks.
+
+    Raises:
+        ConfigError: on every rank, naming the ranks that differ from rank 0.
+    """
+    fingerprints: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, fingerprint)
+    different = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
+    if different:
+        raise ConfigError(
+            f"Ranks {different} have another {what} ({fingerprints[different[0]][:12]}) than rank 0 ({fingerprints[0][:12]}). "
+            "All ranks must see the same recipes, overrides and data."
+        )
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether `value` is true on any rank; every rank gets the same answer."""
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)

@@ -1,0 +1,91 @@
+"""The only place where our names become Megatron-Core's: `RunPlan` -> TransformerConfig, DDP and optimizer configuration."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
+from nemotron_train.ops.implementations import Operations
+
+PARAM_DTYPE = {PrecisionFormat.fp32: torch.float32, PrecisionFormat.bf16: torch.bfloat16}
+
+
+def build_transformer_config(config: RunConfig, num_layers: int, operations: Operations) -> TransformerConfig:
+    """Translate model, layout and precision. `num_layers` counts the layers of the whole pattern."""
+    model, parallel = config.model, config.parallel
+    pipelined = parallel.pipeline_parallel_size > 1
+    interleaved = parallel.virtual_pipeline_size > 1
+    dtype = PARAM_DTYPE[config.precision.format]
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.attention_head_dim,
+        mamba_num_heads=model.mamba_num_heads,
+        mamba_head_dim=model.mamba_head_dim,
+        mamba_num_groups=model.mamba_num_groups,
+        mamba_state_dim=model.mamba_state_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        activation_func=operations.squared_relu,
+        gated_linear_unit=False,
+        add_bias_linear=False,
+        bias_dropout_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights are filled by name (model/init.py), so that they do not depend on the layout.
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size if interleaved else None,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # With two interleaved stages both neighbours of a rank are the same rank, and batched sends and receives between
+        # the two get mixed up; overlapped, unbatched ones do not.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=pipelined and not interleaved,
+        recompute_granularity="selective" if config.train.recompute is Recompute.selective else None,
+        recompute_modules=["core_attn"],
+        gradient_accumulation_fusion=False,
+        # The summed loss is divided once by the real tokens of the global batch (see forward.py).
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def build_ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
+    """Gradients are reduced in float32, into the shards of the distributed optimizer."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        check_for_nan_in_grad=False,  # a non-finite gradient skips the step instead (engine/optimizer.py)
+        average_in_collective=False,
+    )
+
+
+def build_optimizer_config(config: RunConfig) -> OptimizerConfig:
+    """AdamW on float32 master weights and moments, sharded over the data-parallel ranks."""
+    optim = config.optim
+    dtype = PARAM_DTYPE[config.precision.format]
+    return OptimizerConfig(
+        optimizer="adam",
+        decoupled_weight_decay=True,
+        lr=config.lr.peak,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_epsilon,
+        clip_grad=optim.clip_grad_norm,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )

@@ -1,0 +1,44 @@
+"""Wraps model chunks in Megatron-Core's distributed data parallel and joins its hooks to the pipeline schedule."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+ModelChunk = DistributedDataParallel  # the name the rest of the house uses
+
+
+def wrap_in_data_parallel(
+    chunks: Sequence[MegatronModule], config: TransformerConfig, ddp_config: DistributedDataParallelConfig, groups: ProcessGroupCollection
+) -> list[ModelChunk]:
+    """Give every chunk gradient buffers that are reduced over data-parallel ranks."""
+    wrapped = [
+        # Later chunks of an interleaved pipeline are small: one bucket each.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups)
+        for index, chunk in enumerate(chunks)
+    ]
+    if ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+    return wrapped
+
+
+def zero_gradients(chunks: Sequence[ModelChunk]) -> None:
+    """Clear the gradient buffers before a step."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+
+
+@contextmanager
+def weights_complete(chunks: Sequence[ModelChunk]) -> Iterator[None]:
+    """Make sure that every rank holds whole, current weights: with overlapped gathers they arrive only in the next training forward pass."""
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()

@@ -1,0 +1,138 @@
+"""One pipeline chunk of the hybrid model: embedding (first chunk), its layers, final norm and output layer (last chunk)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemotron_train.config.schema import Recompute, RunConfig
+from nemotron_train.engine.layer_parts import LayerParts
+from nemotron_train.model.layers import build_layer
+from nemotron_train.ops.implementations import Operations
+from nemotron_train.plan.pattern import LayerKind
+
+# Shapes: S sequence, s this rank's part of it, B micro-batch, D hidden, v this rank's part of the vocabulary.
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Where a model chunk stands in the pipeline."""
+
+    first_layer: int  # 0-based, over the whole model
+    kinds: tuple[LayerKind, ...]  # of this chunk's layers
+    virtual_stage: int | None  # None without interleaving
+    is_first: bool
+    is_last: bool
+
+
+class NumberedLayers(nn.Module):
+    """Layers stored under their number in the whole model, so that a parameter's name means the same on every pipeline stage."""
+
+    def __init__(self, layers: dict[int, MegatronModule]) -> None:
+        super().__init__()
+        for number, layer in layers.items():
+            self.add_module(str(number), layer)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+
+class HybridStack(MegatronModule):
+    """The layers of one chunk, and the final norm on the last one."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        run: RunConfig,
+        place: ChunkPlace,
+        parts: LayerParts,
+        operations: Operations,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config)
+        self.recompute_layers = run.train.recompute is Recompute.full
+        self.tp_group = groups.tp
+        numbered = enumerate(place.kinds, start=place.first_layer)
+        self.layers = NumberedLayers(
+            {number: build_layer(kind, number, config, run.model, parts, operations, groups) for number, kind in numbered}
+        )
+        self.final_norm = parts.norm(config, config.hidden_size) if place.is_last else None
+
+    def forward(self, x_sBD: Tensor) -> Tensor:
+        for layer in self.layers:
+            recompute = self.recompute_layers and self.training and torch.is_grad_enabled()
+            x_sBD = tensor_parallel.checkpoint(layer, False, x_sBD) if recompute else layer(x_sBD)
+        return self.final_norm(x_sBD) if self.final_norm is not None else x_sBD
+
+
+class HybridModel(LanguageModule):
+    """A chunk as Megatron-Core's schedules expect it: input tensor from the previous chunk, loss per token from the last one."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        run: RunConfig,
+        place: ChunkPlace,
+        parts: LayerParts,
+        operations: Operations,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config, pg_collection=groups)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = place.is_first, place.is_last, place.virtual_stage
+        self.share_embeddings_and_output_weights = run.model.tied_embeddings
+        self.input_tensor: Tensor | None = None
+        if place.is_first:
+            self.embedding = LanguageModelEmbedding(
+                config, run.model.vocab_size, run.train.seq_length, position_embedding_type="none", tp_group=groups.tp
+            )
+        self.decoder = HybridStack(config, run, place, parts, operations, groups)
+        if place.is_last:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                run.model.hidden_size,
+                run.model.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=run.model.tied_embeddings and place.is_first,
+                tp_group=groups.tp,
+            )
+        if place.is_first or place.is_last:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        """Take the previous chunk's output; called by the pipeline schedule before each forward pass."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Run the chunk.
+
+        Args:
+            tokens_BS: token ids; only the first chunk reads them.
+            labels_BS: next-token ids for the last chunk; without them it returns logits.
+
+        Returns:
+            the hidden state x_sBD for the next chunk; from the last chunk loss_BS in nats per token (float32), or logits_BSv.
+        """
+        if self.pre_process:
+            x_sBD = self.embedding(input_ids=tokens_BS, position_ids=None)
+        else:
+            assert self.input_tensor is not None, "the pipeline schedule sets the input of later chunks"
+            x_sBD = self.input_tensor
+        x_sBD = self.decoder(x_sBD)
+        if not self.post_process:
+            return x_sBD
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBv, _ = self.output_layer(x_sBD, weight=weight)
+        if labels_BS is None:
+            return logits_SBv.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels_BS, logits_SBv)

@@ -1,0 +1,127 @@
+"""The Mamba-2 mixer of a training run, with its heads and groups split over tensor-parallel ranks.
+
+Source: Mamba-2, arXiv 2405.21060; parameter names and packing as in Megatron-Core 0.16's `MambaMixer`. `model/reference/mamba2_mixer.py` is the
+same mathematics in full, on one device. The arithmetic itself is in `ops/`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nemotron_train.config.schema import ModelSection
+from nemotron_train.engine.layer_parts import LayerParts
+from nemotron_train.model.names import part_rows
+from nemotron_train.model.sharding import shard_packed, sharded_parameters
+from nemotron_train.ops.implementations import Operations
+
+# Shapes: S sequence, B micro-batch, D hidden, H heads, G groups, P head dim, N state; I = H * P. Lower case: this rank's share.
+
+
+@dataclass(frozen=True)
+class MixerSizes:
+    """This rank's share of a mixer."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    conv_kernel: int
+    chunk: int  # tokens per chunk of the scan
+    epsilon: float
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+
+class _Weights(nn.Module):
+    """A named holder of parameters, where Megatron-Core's mixer has a submodule."""
+
+    def __init__(self, **parameters: nn.Parameter) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+
+class Mamba2Mixer(MegatronModule):
+    def __init__(
+        self, config: TransformerConfig, model: ModelSection, parts: LayerParts, operations: Operations, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.model, self.operations, self.tp_group = model, operations, groups.tp
+        tp_size = groups.tp.size()
+        self.sizes = sizes = MixerSizes(
+            heads=model.mamba_num_heads // tp_size,
+            head_dim=model.mamba_head_dim,
+            groups=model.mamba_num_groups // tp_size,
+            state=model.mamba_state_dim,
+            conv_kernel=model.mamba_conv_kernel,
+            chunk=model.mamba_chunk_size,
+            epsilon=model.norm_epsilon,
+        )
+        linear: dict[str, Any] = dict(config=config, bias=False, is_expert=False, tp_group=groups.tp)
+        self.in_proj = parts.norm_column_linear(
+            model.hidden_size, sum(part_rows("zxBCd", model)), init_method=config.init_method, gather_output=False, skip_bias_add=False,
+            tp_comm_buffer_name="fc1", **linear,
+        )  # fmt: skip
+        self.out_proj = parts.row_linear(
+            model.mamba_num_heads * model.mamba_head_dim, model.hidden_size, init_method=config.output_layer_init_method, input_is_parallel=True,
+            skip_bias_add=True, tp_comm_buffer_name="fc2", **linear,
+        )  # fmt: skip
+
+        def parameter(*shape: int, dtype: torch.dtype = config.params_dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))
+
+        self.conv1d = _Weights(weight=parameter(sizes.conv_channels, 1, sizes.conv_kernel), bias=parameter(sizes.conv_channels))
+        self.norm = _Weights(weight=parameter(sizes.inner))
+        # Step sizes and decay rates act through exponentials: kept in float32 whatever the weights are.
+        self.dt_bias = parameter(sizes.heads, dtype=torch.float32)
+        self.A_log = parameter(sizes.heads, dtype=torch.float32)
+        self.D = parameter(sizes.heads, dtype=torch.float32)
+
+    def forward(self, hidden_sBD: Tensor) -> Tensor:
+        zxBCdt_SBf, _ = self.in_proj(hidden_sBD)
+        if self.config.recompute_granularity == "selective" and self.training:
+            y_SBi = tensor_parallel.checkpoint(self._mix, False, zxBCdt_SBf)
+        else:
+            y_SBi = self._mix(zxBCdt_SBf)
+        out_sBD, _ = self.out_proj(y_SBi)
+        return out_sBD
+
+    def _mix(self, zxBCdt_SBf: Tensor) -> Tensor:
+        """Convolution, scan and gated norm between the two projections: [S, B, f] -> [S, B, i]."""
+        sizes, ops = self.sizes, self.operations
+        z_BSi, xBC_BSc, dt_BSh = zxBCdt_SBf.transpose(0, 1).split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
+        xBC_BSc = ops.causal_conv_silu(xBC_BSc, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x_BSi, B_BSn, C_BSn = xBC_BSc.split([sizes.inner, sizes.groups * sizes.state, sizes.groups * sizes.state], dim=-1)
+        y_BShP = ops.ssd(
+            x_BSi.unflatten(-1, (sizes.heads, sizes.head_dim)),
+            F.softplus(dt_BSh.float() + self.dt_bias),
+            -torch.exp(self.A_log),
+            B_BSn.unflatten(-1, (sizes.groups, sizes.state)),
+            C_BSn.unflatten(-1, (sizes.groups, sizes.state)),
+            self.D,
+            chunk_size=sizes.chunk,
+        )
+        y_BSi = ops.gated_rms_norm(y_BShP.flatten(-2), z_BSi, self.norm.weight, num_groups=sizes.groups, epsilon=sizes.epsilon)
+        return y_BSi.transpose(0, 1).contiguous()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Checkpoint layout of Megatron-Core: packed rows are stored as their parts, so that any tensor-parallel size can read them."""
+        state = sharded_parameters(self, prefix, self.tp_group, metadata)
+        for module, name in ((self.in_proj, "in_proj"), (self.out_proj, "out_proj")):
+            state.update(module.sharded_state_dict(f"{prefix}{name}.", (), metadata))
+        for name, parts in (("in_proj.weight", "zxBCd"), ("conv1d.weight", "xBC"), ("conv1d.bias", "xBC")):
+            state[prefix + name] = shard_packed(state[prefix + name], parts, part_rows(parts, self.model, self.tp_group.size()))
+        return state

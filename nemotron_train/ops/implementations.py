@@ -1,0 +1,48 @@
+"""Which code computes each operation of the model? One name chooses all of them, once, when the model is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemotron_train.errors import ConfigError
+from nemotron_train.ops.causal_conv import causal_conv_silu
+from nemotron_train.ops.gated_norm import gated_rms_norm
+from nemotron_train.ops.squared_relu import squared_relu
+from nemotron_train.ops.ssd import ssd
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations of one implementation. Signatures and meaning are those of the functions of the same name in `ops/`."""
+
+    name: str  # as it stands in the log
+    ssd: Callable[..., Tensor]
+    causal_conv_silu: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gated_rms_norm: Callable[..., Tensor]
+    squared_relu: Callable[[Tensor], Tensor]
+
+
+_IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        Operations(
+            name="torch",
+            ssd=ssd,
+            causal_conv_silu=causal_conv_silu,
+            gated_rms_norm=gated_rms_norm,
+            squared_relu=squared_relu,
+        ),
+    )
+}
+
+
+def operations(name: str) -> Operations:
+    """Return the implementation of this name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in _IMPLEMENTATIONS:
+        raise ConfigError(f"there is no implementation {name!r} of the operations, only {', '.join(_IMPLEMENTATIONS)}.")
+    return _IMPLEMENTATIONS[name]

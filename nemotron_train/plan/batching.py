@@ -1,0 +1,98 @@
+"""How the training tokens fall into steps: batch sizes, micro-batches, and the number of whole steps.
+
+The state of training is one integer, the tokens consumed so far. All of this is arithmetic over the few segments of the batch
+schedule, never a loop over steps.
+"""
+
+from dataclasses import dataclass
+
+from nemotron_train.config.schema import TrainSection
+
+
+@dataclass(frozen=True)
+class BatchSegment:
+    """From the first step that starts at or after `start_tokens` on, steps take `global_batch_size` samples."""
+
+    start_tokens: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Steps of a run. Segments rise in `start_tokens`, the first starts at 0."""
+
+    train_tokens: int
+    seq_length: int
+    micro_batch_size: int
+    data_parallel_size: int
+    segments: tuple[BatchSegment, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Return the steps of the whole run: as many whole ones as fit into `train_tokens`."""
+        return self.steps_left(0)
+
+    @property
+    def consumed_at_end(self) -> int:
+        """Return the tokens of a whole run: at most one step short of `train_tokens`."""
+        return self.consumed_tokens_at(self.num_steps)
+
+    def global_batch_size_at(self, consumed_tokens: int) -> int:
+        """Return the samples of the step that starts after `consumed_tokens`."""
+        return next(s for s in reversed(self.segments) if s.start_tokens <= consumed_tokens).global_batch_size
+
+    def tokens_per_step_at(self, consumed_tokens: int) -> int:
+        return self.global_batch_size_at(consumed_tokens) * self.seq_length
+
+    def num_micro_batches_at(self, consumed_tokens: int) -> int:
+        """Return the micro-batches that every data-parallel rank takes in the step after `consumed_tokens`."""
+        return self.global_batch_size_at(consumed_tokens) // (self.micro_batch_size * self.data_parallel_size)
+
+    def steps_left(self, consumed_tokens: int) -> int:
+        """Return how many whole steps fit between `consumed_tokens` and `train_tokens`; 0: the run is finished."""
+        steps = 0
+        for segment, end in zip(self.segments, self._ends(), strict=True):
+            tokens = segment.global_batch_size * self.seq_length
+            wanted = _steps_to_pass(consumed_tokens, end, tokens)
+            taken = min(wanted, max(self.train_tokens - consumed_tokens, 0) // tokens)
+            steps += taken
+            consumed_tokens += taken * tokens
+            if taken < wanted:  # the next step does not fit, and a later segment is never reached
+                break
+        return steps
+
+    def step_at(self, consumed_tokens: int) -> int:
+        """Return how many steps are done. Counted from the end, so that a run that changed its batch size on the way (and
+        stands between two steps of this plan) still ends with step `num_steps`."""
+        return self.num_steps - self.steps_left(consumed_tokens)
+
+    def consumed_tokens_at(self, step: int) -> int:
+        """Return the tokens that the first `step` steps take (`step` is at most `num_steps`)."""
+        consumed = 0
+        for segment, end in zip(self.segments, self._ends(), strict=True):
+            tokens = segment.global_batch_size * self.seq_length
+            taken = min(step, _steps_to_pass(consumed, end, tokens))
+            consumed += taken * tokens
+            step -= taken
+        return consumed
+
+    def _ends(self) -> list[int]:
+        """Return where each segment ends: where the next one starts, or the run ends."""
+        return [*(segment.start_tokens for segment in self.segments[1:]), self.train_tokens]
+
+
+def _steps_to_pass(consumed_tokens: int, end: int, tokens_per_step: int) -> int:
+    """Return the steps until `consumed_tokens` is at or over `end`: a segment's last step may reach into the next one."""
+    return max(-(-(end - consumed_tokens) // tokens_per_step), 0)
+
+
+def plan_batches(train: TrainSection, data_parallel_size: int) -> BatchPlan:
+    """Lay out the steps; `plan.rules` has proved that every batch divides among the ranks."""
+    changes = (BatchSegment(change.start_tokens, change.global_batch_size) for change in train.batch_schedule)
+    return BatchPlan(
+        train_tokens=train.train_tokens,
+        seq_length=train.seq_length,
+        micro_batch_size=train.micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        segments=(BatchSegment(0, train.global_batch_size), *changes),
+    )

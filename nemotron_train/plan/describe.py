@@ -1,0 +1,164 @@
+"""What the run will be, for people (`describe`) and for programs (`summarize`)."""
+
+from typing import Any
+
+from nemotron_train.config.schema import LrSchedule
+from nemotron_train.plan.pattern import CUT, LayerKind
+from nemotron_train.plan.run_plan import RunPlan
+
+
+def describe(plan: RunPlan) -> str:
+    """Return the banner that opens a run: some 15 lines."""
+    rows = [
+        ("run", f"{plan.config.run.name} in {plan.config.run.dir}"),
+        *_model_rows(plan),
+        *_layout_rows(plan),
+        *_step_rows(plan),
+        ("rate", _learning_rate_text(plan)),
+        *_phase_rows(plan),
+    ]
+    return "\n".join(f"{name:<11}{text}" for name, text in rows)
+
+
+def summarize(plan: RunPlan) -> dict[str, Any]:
+    """Return the plan's numbers under stable names, ready for JSON."""
+    sizes, layout, batches = plan.sizes, plan.layout, plan.batches
+    return {
+        "run": plan.config.run.name,
+        "parameters": sizes.parameters,
+        "parameters_by_part": {name: count for name, count in _parts(plan)},
+        "layers": {kind.name: sizes.num_layers[kind] for kind in LayerKind},
+        "flops_per_token": sizes.flops_per_token,
+        "train_flops": plan.train_flops,
+        "world_size": layout.world_size,
+        "tensor_parallel_size": layout.tensor,
+        "context_parallel_size": layout.context,
+        "pipeline_parallel_size": layout.pipeline,
+        "virtual_pipeline_size": layout.virtual_pipeline,
+        "data_parallel_size": layout.data,
+        "model_chunks": [_chunk_text(plan, chunk) for chunk in plan.chunks],
+        "pipeline_imbalance": _imbalance(plan),
+        "seq_length": batches.seq_length,
+        "global_batch_size": batches.global_batch_size_at(0),
+        "micro_batches": batches.num_micro_batches_at(0),
+        "tokens_per_step": plan.tokens_per_step,
+        "batch_schedule": [
+            {"start_tokens": segment.start_tokens, "global_batch_size": segment.global_batch_size}
+            for segment in batches.segments
+        ],
+        "num_steps": plan.num_steps,
+        "train_tokens": plan.config.train.train_tokens,
+        "consumed_tokens_at_end": batches.consumed_at_end,
+        "learning_rate_at_end": plan.learning_rate_at(batches.consumed_at_end),
+    }
+
+
+def _parts(plan: RunPlan) -> list[tuple[str, int]]:
+    sizes = plan.sizes
+    layers = [(kind.name, sizes.num_layers[kind] * sizes.layer_parameters[kind]) for kind in LayerKind]
+    return [
+        *layers,
+        ("embedding", sizes.embedding_parameters),
+        ("head", sizes.head_parameters),
+        ("final_norm", sizes.final_norm_parameters),
+    ]
+
+
+def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    sizes, model = plan.sizes, plan.config.model
+    kinds = ", ".join(f"{sizes.num_layers[kind]} {kind.name}" for kind in LayerKind)
+    parts = ", ".join(f"{name.replace('_', ' ')} {short(count)}" for name, count in _parts(plan) if count)
+    tied = ", head tied to the embedding" if model.tied_embeddings else ""
+    return [
+        ("model", f"{len(plan.layers)} layers: {kinds}; hidden {model.hidden_size:,}, vocabulary {model.vocab_size:,}{tied}"),
+        ("parameters", f"{short(sizes.parameters)} ({sizes.parameters:,}): {parts}"),
+        ("compute", f"{short(sizes.flops_per_token)}FLOP a token, {plan.train_flops:.3g} FLOP in all"),
+    ]
+
+
+def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    layout, parallel = plan.layout, plan.config.parallel
+    sequence = " with sequence parallelism" if parallel.sequence_parallel else ""
+    rows = [
+        (
+            "ranks",
+            f"{layout.world_size} = tensor {layout.tensor}{sequence} x context {layout.context} x "
+            f"pipeline {layout.pipeline} x data {layout.data}; {plan.config.precision.format.value}",
+        )
+    ]
+    if layout.pipeline == 1:
+        return rows
+    costs = plan.pipeline_costs()
+    by_hand = "by hand" if plan.pattern.cuts is not None else "by cost"
+    rows.append(("pipeline", f"cut {by_hand}; the slowest rank does {_imbalance(plan):.1%} more than the mean"))
+    for rank in range(layout.pipeline):
+        layers = "   ".join(f"{chunk.start}-{chunk.stop - 1} {_chunk_text(plan, chunk)}" for chunk in plan.chunks_of(rank))
+        rows.append(("", f"rank {rank}: {costs[rank] / sum(costs):.1%} of the cost, layers {layers}"))
+    return rows
+
+
+def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    batches = plan.batches
+    rows = [
+        (
+            "step",
+            f"{batches.global_batch_size_at(0)} samples x {batches.seq_length:,} tokens = {plan.tokens_per_step:,} tokens; "
+            f"a rank takes {batches.num_micro_batches_at(0)} micro-batches of {batches.micro_batch_size}",
+        )
+    ]
+    for segment in batches.segments[1:]:
+        start = segment.start_tokens
+        rows.append(
+            (
+                "",
+                f"from {start:,} tokens on: {segment.global_batch_size} samples, "
+                f"{batches.num_micro_batches_at(start)} micro-batches{_reached(plan, start)}",
+            )
+        )
+    rows.append(("steps", f"{plan.num_steps:,}, {batches.consumed_at_end:,} of {batches.train_tokens:,} tokens"))
+    return rows
+
+
+def _learning_rate_text(plan: RunPlan) -> str:
+    lr = plan.config.lr
+    text = f"{lr.schedule.value}: "
+    if lr.warmup_tokens:
+        text += f"0 to {lr.peak:g} over {lr.warmup_tokens:,} tokens, "
+    if lr.schedule is LrSchedule.constant:
+        return text + f"then {lr.peak:g}"
+    if lr.schedule is LrSchedule.cosine:
+        return text + f"then a cosine from {lr.peak:g} to {lr.min:g}"
+    assert lr.decay_shape is not None, "plan.rules asks for lr.decay_shape"
+    return text + f"{lr.peak:g}, over the last {lr.decay_tokens:,} tokens to {lr.min:g} ({lr.decay_shape.value})"
+
+
+def _phase_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    rows = []
+    for index, phase in enumerate(plan.config.data.phases):
+        total = sum(weight.weight for weight in phase.weights)
+        shares = ", ".join(f"{weight.source} {weight.weight / total:.1%}" for weight in phase.weights)
+        start = f"from {phase.start_tokens:,} tokens on: " if index else ""
+        rows.append(("data" if not index else "", f"{start}{shares}{_reached(plan, phase.start_tokens)}"))
+    return rows
+
+
+def _reached(plan: RunPlan, start_tokens: int) -> str:
+    return "" if start_tokens < plan.batches.consumed_at_end else " (not reached)"
+
+
+def _chunk_text(plan: RunPlan, chunk: range) -> str:
+    return "".join(plan.layers[layer].value for layer in chunk)
+
+
+def _imbalance(plan: RunPlan) -> float:
+    """Return by which fraction the most expensive pipeline rank is above the mean."""
+    costs = plan.pipeline_costs()
+    return max(costs) * len(costs) / sum(costs) - 1
+
+
+def short(count: float) -> str:
+    """Write a large number with a unit: 12.31 B."""
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count:g} "

@@ -1,0 +1,142 @@
+"""What cannot work: every rule across keys, checked before anything is started, all violations reported together.
+
+A rule is a small function that yields a message for each violation, with the values that clash and the keys to change. Rules
+of the model and its layout are here; those of the run (batches, learning rate, data) in `run_rules.py`.
+"""
+
+from collections.abc import Callable, Iterator
+
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.config.typed import raise_if
+from nemotron_train.errors import ConfigError
+from nemotron_train.plan.layout import ranks_per_replica
+from nemotron_train.plan.nearest import nearest_divisors, nearest_multiples, next_multiple
+from nemotron_train.plan.pattern import parse_pattern
+from nemotron_train.plan.pipeline_cut import check_cut
+from nemotron_train.plan.ranges import out_of_range
+from nemotron_train.plan.run_rules import RUN_RULES
+
+Rule = Callable[[RunConfig, int], Iterator[str]]
+
+
+def check_rules(config: RunConfig, world_size: int) -> None:
+    """Raise one ConfigError that lists every violation, or return."""
+    problems = list(out_of_range(config))
+    if world_size < 1:
+        problems.append(f"world_size={world_size} must be at least 1.")
+    raise_if(problems)  # the rules below divide by these numbers
+    raise_if([problem for rule in (*MODEL_RULES, *RUN_RULES) for problem in rule(config, world_size)])
+
+
+def pattern_is_readable_and_can_be_cut(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    try:
+        pattern = parse_pattern(config.model.layer_pattern)
+        check_cut(pattern, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size)
+    except ConfigError as error:
+        yield str(error)
+
+
+def query_groups_divide_attention_heads(config: RunConfig, world_size: int) -> Iterator[str]:
+    model = config.model
+    if model.num_attention_heads % model.num_query_groups:
+        yield (
+            f"model.num_attention_heads={model.num_attention_heads} is not a multiple of "
+            f"model.num_query_groups={model.num_query_groups}: every group serves the same number of heads. "
+            f"Try {nearest_divisors(model.num_attention_heads, model.num_query_groups)} groups."
+        )
+
+
+def mamba_groups_divide_mamba_heads(config: RunConfig, world_size: int) -> Iterator[str]:
+    model = config.model
+    if model.mamba_num_heads % model.mamba_num_groups:
+        yield (
+            f"model.mamba_num_heads={model.mamba_num_heads} is not a multiple of "
+            f"model.mamba_num_groups={model.mamba_num_groups}: every group serves the same number of heads. "
+            f"Try {nearest_divisors(model.mamba_num_heads, model.mamba_num_groups)} groups."
+        )
+
+
+def context_parallel_is_not_there_yet(config: RunConfig, world_size: int) -> Iterator[str]:
+    size = config.parallel.context_parallel_size
+    if size > 1:
+        yield f"parallel.context_parallel_size={size}: not supported by this version. Set it to 1."
+
+
+def ranks_hold_whole_replicas(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    ranks = ranks_per_replica(config.parallel)
+    if world_size % ranks:
+        yield (
+            f"{world_size} ranks cannot hold whole copies of the model, which take {ranks} ranks each "
+            f"(parallel.tensor_parallel_size={parallel.tensor_parallel_size} x "
+            f"parallel.pipeline_parallel_size={parallel.pipeline_parallel_size} x "
+            f"parallel.context_parallel_size={parallel.context_parallel_size}). "
+            f"Start {nearest_multiples(world_size, ranks)} ranks, or change these keys."
+        )
+
+
+def tensor_parallel_size_divides_the_model(config: RunConfig, world_size: int) -> Iterator[str]:
+    tp_size = config.parallel.tensor_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "mamba_num_heads", "mamba_num_groups", "ffn_hidden_size"):
+        value = getattr(config.model, name)
+        if value % tp_size:
+            yield (
+                f"model.{name}={value} cannot be split over parallel.tensor_parallel_size={tp_size} ranks. "
+                f"Use {nearest_divisors(value, tp_size)} ranks, or {nearest_multiples(value, tp_size)} for model.{name}."
+            )
+
+
+def tensor_parallel_size_divides_the_vocabulary(config: RunConfig, world_size: int) -> Iterator[str]:
+    vocab_size, tp_size = config.model.vocab_size, config.parallel.tensor_parallel_size
+    if vocab_size % tp_size:
+        yield (
+            f"model.vocab_size={vocab_size} cannot be split over parallel.tensor_parallel_size={tp_size} ranks. "
+            f"Use {next_multiple(vocab_size, tp_size)}: rows beyond the tokenizer's are never drawn."
+        )
+
+
+def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel, seq_length = config.parallel, config.train.seq_length
+    if not parallel.sequence_parallel:
+        return
+    if parallel.tensor_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel=true has no effect with parallel.tensor_parallel_size=1. "
+            "Set it to false, or use 2 or more tensor-parallel ranks."
+        )
+    if seq_length % parallel.tensor_parallel_size:
+        yield (
+            f"train.seq_length={seq_length} cannot be split over parallel.tensor_parallel_size="
+            f"{parallel.tensor_parallel_size} ranks, as parallel.sequence_parallel=true asks. "
+            f"Use {nearest_multiples(seq_length, parallel.tensor_parallel_size)} tokens."
+        )
+
+
+def virtual_pipeline_needs_a_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.virtual_pipeline_size > 1 and parallel.pipeline_parallel_size == 1:
+        yield (
+            f"parallel.virtual_pipeline_size={parallel.virtual_pipeline_size} needs "
+            "parallel.pipeline_parallel_size of 2 or more, it is 1."
+        )
+
+
+def parameter_gather_overlaps_with_gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
+    # Megatron-Core gathers bucket by bucket, and without overlapped reduction there is only one bucket.
+    if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
+        yield "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true, it is false."
+
+
+MODEL_RULES: tuple[Rule, ...] = (
+    pattern_is_readable_and_can_be_cut,
+    query_groups_divide_attention_heads,
+    mamba_groups_divide_mamba_heads,
+    context_parallel_is_not_there_yet,
+    ranks_hold_whole_replicas,
+    tensor_parallel_size_divides_the_model,
+    tensor_parallel_size_divides_the_vocabulary,
+    sequence_parallel_needs_tensor_parallel,
+    virtual_pipeline_needs_a_pipeline,
+    parameter_gather_overlaps_with_gradient_reduction,
+)

@@ -1,0 +1,85 @@
+"""What follows from the configuration and the number of ranks: one frozen RunPlan, read by everything that runs.
+
+Nothing here touches a device, a process group or a file.
+"""
+
+from dataclasses import dataclass
+
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.plan.batching import BatchPlan, plan_batches
+from nemotron_train.plan.layout import Layout, plan_layout
+from nemotron_train.plan.lr_curve import learning_rate
+from nemotron_train.plan.pattern import LayerKind, ParsedPattern, parse_pattern
+from nemotron_train.plan.pipeline_cut import StageCosts, cut_pipeline, rank_costs
+from nemotron_train.plan.rules import check_rules
+from nemotron_train.plan.sizes import ModelSizes, count_model
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Every number that the run needs and the user did not state. Built by `plan_run`, which has checked all rules."""
+
+    config: RunConfig
+    layout: Layout
+    pattern: ParsedPattern
+    chunks: tuple[range, ...]  # global layer indices of every model chunk, in pipeline order
+    batches: BatchPlan
+    sizes: ModelSizes
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        return self.pattern.layers
+
+    @property
+    def num_steps(self) -> int:
+        return self.batches.num_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the tokens of the first step; `batches` knows those of later ones."""
+        return self.batches.tokens_per_step_at(0)
+
+    @property
+    def train_flops(self) -> int:
+        """Return the model FLOPs of the whole run."""
+        return self.sizes.flops_per_token * self.batches.consumed_at_end
+
+    def chunks_of(self, pp_rank: int) -> tuple[range, ...]:
+        """Return the layers of a pipeline rank's model chunks, by virtual stage."""
+        return self.chunks[pp_rank :: self.layout.pipeline]
+
+    def learning_rate_at(self, consumed_tokens: int) -> float:
+        """Return the rate of the step that starts after `consumed_tokens`."""
+        return learning_rate(self.config.lr, self.config.train.train_tokens, consumed_tokens)
+
+    def pipeline_costs(self) -> list[float]:
+        """Return the forward FLOPs per token of every pipeline rank."""
+        return rank_costs(self.chunks, _stage_costs(self.sizes, self.pattern), self.layout.pipeline)
+
+
+def plan_run(config: RunConfig, world_size: int) -> RunPlan:
+    """Derive the plan of a run on `world_size` ranks.
+
+    Raises:
+        ConfigError: the combination is impossible; lists every rule that is violated.
+    """
+    check_rules(config, world_size)
+    layout = plan_layout(config.parallel, world_size)
+    pattern = parse_pattern(config.model.layer_pattern)
+    sizes = count_model(config.model, pattern, config.train.seq_length)
+    return RunPlan(
+        config=config,
+        layout=layout,
+        pattern=pattern,
+        chunks=cut_pipeline(pattern, _stage_costs(sizes, pattern), layout.pipeline, layout.virtual_pipeline),
+        batches=plan_batches(config.train, layout.data),
+        sizes=sizes,
+    )
+
+
+def _stage_costs(sizes: ModelSizes, pattern: ParsedPattern) -> StageCosts:
+    return StageCosts(
+        layers=tuple(sizes.layer_forward_flops[kind] for kind in pattern.layers),
+        first=0,  # looking up embeddings costs next to nothing beside a matrix product
+        last=sizes.head_forward_flops,
+    )

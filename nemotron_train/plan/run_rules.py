@@ -1,0 +1,200 @@
+"""What cannot work in a run: the rules of batches, learning rate, data and checkpoints. See `rules.py`."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from nemotron_train.config.keys import near_miss
+from nemotron_train.config.schema import LrSchedule, RunConfig
+from nemotron_train.plan.layout import ranks_per_replica
+from nemotron_train.plan.nearest import nearest_multiples
+
+
+def batches_divide_among_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+    train, pp_size = config.train, config.parallel.pipeline_parallel_size
+    ranks = ranks_per_replica(config.parallel)
+    if world_size % ranks:
+        return  # reported by another rule
+    data_size = world_size // ranks
+    samples = train.micro_batch_size * data_size
+    for key, batch in _batch_sizes(config):
+        if batch % samples:
+            yield (
+                f"{key}={batch} is not a multiple of {samples} (train.micro_batch_size={train.micro_batch_size} x "
+                f"{data_size} data-parallel ranks). Use {nearest_multiples(batch, samples)}, or change "
+                "train.micro_batch_size or the number of ranks."
+            )
+        elif config.parallel.virtual_pipeline_size > 1 and batch // samples % pp_size:
+            yield (
+                f"{key}={batch} gives {batch // samples} micro-batches a rank, not a multiple of "
+                f"parallel.pipeline_parallel_size={pp_size}, which the interleaved schedule "
+                f"(parallel.virtual_pipeline_size={config.parallel.virtual_pipeline_size}) needs. "
+                f"Use {nearest_multiples(batch, samples * pp_size)}."
+            )
+
+
+def batch_schedule_rises(config: RunConfig, world_size: int) -> Iterator[str]:
+    starts = [0, *(change.start_tokens for change in config.train.batch_schedule)]
+    for index, (before, start) in enumerate(zip(starts, starts[1:], strict=False)):
+        if start <= before:
+            previous = f"train.batch_schedule[{index - 1}].start_tokens" if index else "the start of the run"
+            yield (
+                f"train.batch_schedule[{index}].start_tokens={start} must be after {previous} ({before}). "
+                "The batch size of the start is train.global_batch_size."
+            )
+
+
+def train_tokens_hold_a_step(config: RunConfig, world_size: int) -> Iterator[str]:
+    train = config.train
+    tokens_per_step = train.global_batch_size * train.seq_length
+    if train.train_tokens < tokens_per_step:
+        yield (
+            f"train.train_tokens={train.train_tokens} is less than one step of {tokens_per_step} tokens "
+            f"(train.global_batch_size={train.global_batch_size} x train.seq_length={train.seq_length})."
+        )
+
+
+def evaluation_has_something_to_read(config: RunConfig, world_size: int) -> Iterator[str]:
+    train = config.train
+    if train.eval_every_steps and not any(source.eval_prefixes for source in config.data.sources):
+        yield (
+            f"train.eval_every_steps={train.eval_every_steps}, but no source has held-out shards. "
+            "Set data.sources[].eval_prefixes, or train.eval_every_steps=0."
+        )
+    if train.eval_tokens < train.seq_length:
+        yield (
+            f"train.eval_tokens={train.eval_tokens} is less than one sample of train.seq_length={train.seq_length}."
+        )
+
+
+def schedule_has_its_keys_and_no_others(config: RunConfig, world_size: int) -> Iterator[str]:
+    lr = config.lr
+    wanted = {LrSchedule.wsd: {"min", "decay_tokens", "decay_shape"}, LrSchedule.cosine: {"min"}}.get(lr.schedule, set())
+    for name in ("min", "decay_tokens", "decay_shape"):
+        value = getattr(lr, name)
+        if name in wanted and value is None:
+            yield f"lr.schedule={lr.schedule.value} needs lr.{name}, it is null. Set it, or choose another group, e.g. lr=constant."
+        if name not in wanted and value is not None:
+            users = "lr=wsd" if name != "min" else "lr=wsd or lr=cosine"
+            text = getattr(value, "value", value)
+            yield (
+                f"lr.{name}={text} has no effect with lr.schedule={lr.schedule.value}. "
+                f"Set lr.{name}=null, or choose the group {users}."
+            )
+
+
+def rate_falls_from_peak_to_min(config: RunConfig, world_size: int) -> Iterator[str]:
+    lr = config.lr
+    if lr.min is not None and lr.min > lr.peak:
+        yield f"lr.min={lr.min} is above lr.peak={lr.peak}. Lower lr.min or raise lr.peak."
+
+
+def warmup_and_decay_fit_into_the_run(config: RunConfig, world_size: int) -> Iterator[str]:
+    lr, train_tokens = config.lr, config.train.train_tokens
+    if lr.schedule is LrSchedule.wsd and lr.decay_tokens is not None:
+        if lr.warmup_tokens + lr.decay_tokens > train_tokens:
+            yield (
+                f"lr.warmup_tokens={lr.warmup_tokens} and lr.decay_tokens={lr.decay_tokens} do not fit into "
+                f"train.train_tokens={train_tokens}. Shorten them, or train longer."
+            )
+    elif lr.warmup_tokens >= train_tokens:
+        yield (
+            f"lr.warmup_tokens={lr.warmup_tokens} must be less than train.train_tokens={train_tokens}. "
+            "Shorten the warm-up, or train longer."
+        )
+
+
+def source_names_are_unique(config: RunConfig, world_size: int) -> Iterator[str]:
+    if not config.data.sources:
+        yield "data.sources is empty: there is nothing to train on. Choose a group with data=NAME, or list sources."
+    for name, count in Counter(source.name for source in config.data.sources).items():
+        if count > 1:
+            yield f"data.sources has {count} sources named {name!r}. Give each its own name."
+
+
+def phases_start_at_zero_and_rise(config: RunConfig, world_size: int) -> Iterator[str]:
+    starts = [phase.start_tokens for phase in config.data.phases]
+    if not starts:
+        yield "data.phases is empty: no source has a weight. List one phase with start_tokens 0."
+    elif starts[0] != 0:
+        yield f"data.phases[0].start_tokens={starts[0]}: the first phase starts at 0."
+    for index in range(1, len(starts)):
+        if starts[index] <= starts[index - 1]:
+            yield (
+                f"data.phases[{index}].start_tokens={starts[index]} must be above "
+                f"data.phases[{index - 1}].start_tokens={starts[index - 1]}."
+            )
+
+
+def phases_weigh_known_sources_once(config: RunConfig, world_size: int) -> Iterator[str]:
+    sources = {source.name: source for source in config.data.sources}
+    for index, phase in enumerate(config.data.phases):
+        key = f"data.phases[{index}].weights"
+        for name, count in Counter(weight.source for weight in phase.weights).items():
+            if count > 1:
+                yield f"{key} gives {name!r} {count} weights. Give it one."
+            if name not in sources:
+                yield f"{key} weighs {name!r}, which is not in data.sources ({', '.join(sources)})." + near_miss(
+                    name, sources
+                )
+        drawn = [weight.source for weight in phase.weights if weight.weight > 0]
+        if not drawn:
+            yield f"{key}: every weight is 0. Give one source a weight above 0."
+        for name in drawn:
+            if name in sources and not sources[name].prefixes:
+                yield f"{key} draws from {name!r}, whose data.sources[].prefixes is empty. List its shards or set weight 0."
+
+
+def every_source_is_used(config: RunConfig, world_size: int) -> Iterator[str]:
+    weighed = {weight.source for phase in config.data.phases for weight in phase.weights}
+    for source in config.data.sources:
+        if source.prefixes and source.name not in weighed:
+            yield (
+                f"data.sources has {source.name!r}, which no phase weighs. Add it to data.phases[].weights "
+                "(weight 0 leaves it out on purpose), or empty its prefixes."
+            )
+        if not source.prefixes and not source.eval_prefixes:
+            yield f"data.sources has {source.name!r} with neither prefixes nor eval_prefixes. List its shards."
+
+
+def resume_is_a_word_or_a_folder(config: RunConfig, world_size: int) -> Iterator[str]:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and "/" not in resume:
+        yield (
+            f'checkpoint.resume="{resume}" is not auto, never, or a checkpoint folder.'
+            f"{near_miss(resume, ['auto', 'never'])} A folder in the current one is written ./NAME."
+        )
+
+
+def names_are_not_empty(config: RunConfig, world_size: int) -> Iterator[str]:
+    for key, value in (
+        ("run.name", config.run.name),
+        ("run.dir", config.run.dir),
+        ("data.path", config.data.path),
+        ("data.tokenizer", config.data.tokenizer),
+        ("log.wandb_project", config.log.wandb_project),
+    ):
+        if not value.strip():
+            yield f'{key}="{value}" is empty. Give it a value.'
+
+
+def _batch_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
+    yield "train.global_batch_size", config.train.global_batch_size
+    for index, change in enumerate(config.train.batch_schedule):
+        yield f"train.batch_schedule[{index}].global_batch_size", change.global_batch_size
+
+
+RUN_RULES = (
+    batches_divide_among_ranks,
+    batch_schedule_rises,
+    train_tokens_hold_a_step,
+    evaluation_has_something_to_read,
+    schedule_has_its_keys_and_no_others,
+    rate_falls_from_peak_to_min,
+    warmup_and_decay_fit_into_the_run,
+    source_names_are_unique,
+    phases_start_at_zero_and_rise,
+    phases_weigh_known_sources_once,
+    every_source_is_used,
+    resume_is_a_word_or_a_folder,
+    names_are_not_empty,
+)

@@ -1,0 +1,68 @@
+"""One optimizer step: micro-batches forward and backward, gradients reduced, clipped and applied, losses averaged over all ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import tee
+
+import torch.distributed as dist
+
+from nemotron_train.data.batch import Batch
+from nemotron_train.engine.optimizer import set_rates, take_step
+from nemotron_train.engine.pipeline_schedule import run_micro_batches
+from nemotron_train.engine.wrap import zero_gradients
+from nemotron_train.forward import forward_step
+from nemotron_train.loss import LossReport, MeanLoss, add_reports, mean_loss
+from nemotron_train.plan.lr_curve import learning_rate
+from nemotron_train.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The same on every rank."""
+
+    loss: MeanLoss  # before the update
+    grad_norm: float  # before clipping; not finite when the step was skipped
+    learning_rate: float
+    updated: bool  # False: a gradient was not finite, weights and moments are untouched
+
+
+def train_step(run: Runtime, batches: Sequence[Batch], consumed_tokens: int) -> StepResult:
+    """Take one optimizer step.
+
+    Args:
+        batches: this data-parallel rank's micro-batches of the step.
+        consumed_tokens: tokens of all steps before this one; sets the learning rate.
+    """
+    config = run.plan.config
+    rate = learning_rate(config.lr, config.train.train_tokens, consumed_tokens)
+    set_rates(run.optimizer, rate, config.optim.weight_decay)
+    zero_gradients(run.chunks)
+    run.optimizer.zero_grad()
+    reports = run_all(run, batches, forward_only=False)
+    taken = take_step(run.optimizer)
+    return StepResult(loss=average_over_ranks(run, reports), grad_norm=taken.grad_norm, learning_rate=rate, updated=taken.updated)
+
+
+def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> list[LossReport]:
+    """Take micro-batches through this rank's chunks; reports come back on the last pipeline stage."""
+    train = run.plan.config.train
+    on_device = (batch.to(run.platform.device) for batch in batches)
+    return run_micro_batches(
+        partial(forward_step, num_sources=len(run.plan.config.data.sources)),
+        tee(on_device, len(run.chunks)),
+        run.chunks,
+        num_micro_batches=len(batches),
+        micro_batch_size=train.micro_batch_size,
+        seq_length=train.seq_length,
+        forward_only=forward_only,
+    )
+
+
+def average_over_ranks(run: Runtime, reports: Sequence[LossReport]) -> MeanLoss:
+    """Average micro-batch reports over the global batch; every rank gets the result."""
+    # Tensor-parallel ranks of the last stage hold the same losses: one of them counts.
+    counted = reports if run.groups.tp.rank() == 0 else ()
+    sums = add_reports(counted, len(run.plan.config.data.sources), run.platform.device)
+    dist.all_reduce(sums)
+    return mean_loss(sums)

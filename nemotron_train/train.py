@@ -1,0 +1,66 @@
+"""Front door: `python -m nemotron_train.train experiment=NAME key=value ...`, alone or under torchrun."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from nemotron_train.config.load import load_config
+from nemotron_train.data.run_data import open_run_data
+from nemotron_train.engine.groups import process_groups
+from nemotron_train.errors import EXIT_FAILED, EXIT_REQUEUE
+from nemotron_train.plan.run_plan import describe, plan_run
+from nemotron_train.platform.device import choose_platform
+from nemotron_train.platform.failure import report_failure
+from nemotron_train.platform.ranks import LaunchedRank, launched_rank
+from nemotron_train.platform.signals import StopRequest
+from nemotron_train.trainer import Trainer, build_runtime
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the overrides say.
+
+    Returns:
+        the exit code: 0 when all tokens are trained on, EXIT_REQUEUE after a stop signal, EXIT_FAILED after an error.
+    """
+    me = LaunchedRank(rank=0, world_size=1, local_rank=0)
+    try:
+        me = launched_rank()
+        log_to_stderr(me)
+        return run(sys.argv[1:] if arguments is None else list(arguments), me)
+    except (Exception, KeyboardInterrupt) as error:
+        report_failure(error, me)
+        if me.world_size > 1:
+            # Leave at once: tearing down process groups would wait for collectives that other ranks will never join. They see
+            # this rank's connections close and stop too.
+            logging.shutdown()
+            os._exit(EXIT_FAILED)
+        return EXIT_FAILED
+
+
+def run(arguments: Sequence[str], me: LaunchedRank) -> int:
+    """Configuration, plan and data are checked before any process group starts."""
+    config = load_config(arguments)
+    plan = plan_run(config, me.world_size)
+    logger.info("%s", describe(plan))
+    data = open_run_data(config)
+    platform = choose_platform(me)
+    stop = StopRequest()
+    stop.listen()
+    with process_groups(plan.layout, platform, me, timeout_seconds=config.parallel.timeout_seconds, seed=config.run.seed) as groups:
+        runtime = build_runtime(plan, platform, groups)
+        finished = Trainer(runtime, data, stop, is_reporter=me.rank == 0).train()
+    return 0 if finished else EXIT_REQUEUE
+
+
+def log_to_stderr(me: LaunchedRank) -> None:
+    """Rank 0 tells what it does; the others only what goes wrong. Megatron-Core's own notes are left out."""
+    form = "%(message)s" if me.world_size == 1 else f"[rank {me.rank}] %(message)s"
+    logging.basicConfig(level=logging.INFO if me.rank == 0 else logging.WARNING, format=form, force=True)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":  # the checkpoint writer starts processes that import this module again
+    sys.exit(main())

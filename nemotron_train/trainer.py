@@ -1,0 +1,191 @@
+"""The run: builds the live objects once, takes steps until the tokens are used up, and decides who acts at which step."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nemotron_train.checkpoint.resume import check_may_resume, choose_checkpoint
+from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint
+from nemotron_train.config.load import fingerprint, write_resolved
+from nemotron_train.data.batch import Batch, RankShare
+from nemotron_train.data.heldout import heldout_batches
+from nemotron_train.data.loader import DataLoader
+from nemotron_train.data.run_data import RunData
+from nemotron_train.engine.groups import Groups, any_rank, check_same_on_all_ranks
+from nemotron_train.engine.layer_parts import choose_layer_parts
+from nemotron_train.engine.mcore_config import build_ddp_config, build_optimizer_config, build_transformer_config
+from nemotron_train.engine.optimizer import build_optimizer
+from nemotron_train.engine.wrap import wrap_in_data_parallel
+from nemotron_train.errors import NumericsError
+from nemotron_train.evaluate import evaluate
+from nemotron_train.loss import MeanLoss
+from nemotron_train.model.build import build_model_chunks
+from nemotron_train.observe.plot import draw_loss
+from nemotron_train.observe.jsonl_writer import read_records
+from nemotron_train.observe.throughput import StepSpeed, StepTimer
+from nemotron_train.observe.writers import Writers, build_writers
+from nemotron_train.ops.implementations import operations
+from nemotron_train.optim.weight_decay import has_weight_decay
+from nemotron_train.plan.run_plan import RunPlan
+from nemotron_train.platform.device import Platform
+from nemotron_train.platform.signals import StopRequest
+from nemotron_train.runtime import Progress, Runtime
+from nemotron_train.step import StepResult, train_step
+
+logger = logging.getLogger(__name__)
+
+
+def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
+    """Build model, data-parallel wrapping and optimizer for this rank."""
+    config, ops, parts = plan.config, operations("torch"), choose_layer_parts(platform)
+    logger.info("Layers: %s. Operations: %s.", parts.name, ops.name)
+    transformer_config = build_transformer_config(config, len(plan.layers), ops)
+    chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
+    wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)
+    optimizer = build_optimizer(build_optimizer_config(config), wrapped, has_weight_decay)
+    return Runtime(plan=plan, platform=platform, groups=groups, chunks=wrapped, optimizer=optimizer)
+
+
+class Trainer:
+    """Takes a run from its newest checkpoint, or from nothing, to its end or to a stop signal."""
+
+    def __init__(self, run: Runtime, data: RunData, stop: StopRequest, *, is_reporter: bool) -> None:
+        """Args:
+        is_reporter: this rank writes metrics, pictures and messages; one rank of the run does.
+        """
+        self.run, self.data, self.stop, self.is_reporter = run, data, stop, is_reporter
+        self.config, self.batches = run.plan.config, run.plan.batches
+        self.share = RankShare(
+            dp_rank=run.groups.dp.rank(), dp_size=run.groups.dp.size(), micro_batch_size=self.config.train.micro_batch_size
+        )
+        self.saved_step: int | None = None
+        self.skipped_in_a_row = 0
+
+    def train(self) -> bool:
+        """Train to the end.
+
+        Returns:
+            True when all steps are taken, False when a signal stopped the run after a checkpoint.
+
+        Raises:
+            CheckpointError, DataError, NumericsError: the run cannot go on.
+        """
+        check_same_on_all_ranks(fingerprint(self.config) + self.data.blend.past_hash(self.config.train.train_tokens), "configuration or data")
+        progress = self.resume()
+        writers = self.open_writers(progress)
+        try:
+            with DataLoader(self.data.reader, self.share, self.batches.global_batch_size_at, progress.consumed_tokens) as loader:
+                return self.take_steps(progress, loader, writers)
+        finally:
+            writers.close()
+
+    def resume(self) -> Progress:
+        """Load the checkpoint that `checkpoint.resume` names; without one, start from nothing."""
+        folder = choose_checkpoint(self.config)
+        if folder is None:
+            return Progress()
+        commit = load_checkpoint(self.run, folder, lambda found: check_may_resume(found, self.config, self.data.blend))
+        self.saved_step = commit.step
+        logger.info("Going on from %s: step %d, %s tokens.", folder, commit.step, f"{commit.consumed_tokens:,}")
+        return Progress(step=commit.step, consumed_tokens=commit.consumed_tokens, skipped_steps=commit.skipped_steps)
+
+    def open_writers(self, progress: Progress) -> Writers:
+        if not self.is_reporter:
+            return Writers([])
+        write_resolved(self.config, Path(self.config.run.dir) / "resolved.yaml")
+        return build_writers(self.config, num_steps=self.last_step(progress), resume_step=progress.step)
+
+    def last_step(self, progress: Progress) -> int:
+        return progress.step + self.batches.steps_left(progress.consumed_tokens)
+
+    def take_steps(self, progress: Progress, loader: DataLoader, writers: Writers) -> bool:
+        train, last_step = self.config.train, self.last_step(progress)
+        timer = StepTimer(
+            flops_per_token=self.run.plan.sizes.flops_per_token,
+            num_ranks=self.run.plan.layout.world_size,
+            train_tokens=train.train_tokens,
+        )
+        while progress.step < last_step:
+            timer.start()
+            micro_batches = [next(loader) for _ in range(self.batches.num_micro_batches_at(progress.consumed_tokens))]
+            result = train_step(self.run, micro_batches, progress.consumed_tokens)
+            step_tokens = self.batches.tokens_per_step_at(progress.consumed_tokens)
+            before, progress = progress, advance(progress, step_tokens, result)
+            self.check_skips(result, progress)
+            self.run.platform.synchronize()
+            speed = timer.finish(step_tokens=step_tokens, consumed_tokens=progress.consumed_tokens)
+
+            stopped = any_rank(self.stop.signal_name is not None, self.run.platform.device)
+            at_end = progress.step == last_step
+            if progress.step % self.config.log.every_steps == 0 or at_end or stopped:
+                writers.write(self.step_record(before, progress, result, speed))
+            if is_due(train.eval_every_steps, progress.step) or at_end:
+                self.evaluate_and_draw(progress, writers)
+            if is_due(self.config.checkpoint.every_steps, progress.step) or at_end or stopped:
+                self.save(progress, writers)
+            if stopped and not at_end:
+                writers.event(f"Stopped by {self.stop.signal_name or 'a signal to another rank'}; the same command goes on from step {progress.step}.")
+                return False
+        return True
+
+    def evaluate_and_draw(self, progress: Progress, writers: Writers) -> None:
+        """Measure the held-out loss, if there are held-out shards, and redraw the run's picture."""
+        if self.data.has_heldout:
+            train = self.config.train
+            batches: Sequence[Batch] = list(heldout_batches(self.data.heldout, train.eval_tokens, train.seq_length, self.share))
+            held_out = evaluate(self.run, batches)
+            writers.write({"step": progress.step, **self.loss_record("eval_loss", held_out)})
+        if self.is_reporter:
+            folder = Path(self.config.run.dir)
+            draw_loss(read_records(folder / "metrics.jsonl"), self.config.data.phases, folder / "loss.png", self.config.run.name)
+
+    def save(self, progress: Progress, writers: Writers) -> None:
+        if self.saved_step == progress.step:
+            return
+        folder = save_checkpoint(self.run, progress, self.data.blend.past_hash(progress.consumed_tokens))
+        self.saved_step = progress.step
+        writers.event(f"Saved {folder}")
+
+    def check_skips(self, result: StepResult, progress: Progress) -> None:
+        """Raise NumericsError after too many skipped steps in a row."""
+        self.skipped_in_a_row = 0 if result.updated else self.skipped_in_a_row + 1
+        limit = self.config.train.max_skipped_steps
+        if self.skipped_in_a_row > limit:
+            raise NumericsError(
+                f"The gradients of {self.skipped_in_a_row} steps in a row, up to step {progress.step}, were not finite "
+                f"(train.max_skipped_steps={limit}). The weights are those of step {progress.step - self.skipped_in_a_row}; lower lr.peak, or look at the data."
+            )
+
+    def step_record(self, before: Progress, progress: Progress, result: StepResult, speed: StepSpeed) -> dict[str, int | float | None]:
+        starts = [phase.start_tokens for phase in self.config.data.phases]
+        return {
+            "step": progress.step,
+            "consumed_tokens": progress.consumed_tokens,
+            "phase": sum(start <= before.consumed_tokens for start in starts) - 1,
+            "global_batch_size": self.batches.global_batch_size_at(before.consumed_tokens),
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "skipped_steps": progress.skipped_steps,
+            **self.loss_record("loss", result.loss),
+            **speed.as_record(),
+        }
+
+    def loss_record(self, name: str, mean: MeanLoss) -> dict[str, float]:
+        sources = zip(self.config.data.sources, mean.by_source, strict=True)
+        return {name: mean.loss, **{f"{name}/{source.name}": loss for source, loss in sources if loss == loss}}
+
+
+def advance(progress: Progress, step_tokens: int, result: StepResult) -> Progress:
+    """Count a step; a skipped one consumes its tokens too."""
+    return replace(
+        progress,
+        step=progress.step + 1,
+        consumed_tokens=progress.consumed_tokens + step_tokens,
+        skipped_steps=progress.skipped_steps + (not result.updated),
+    )
+
+
+def is_due(every_steps: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens after this one."""
+    return every_steps > 0 and step % every_steps == 0

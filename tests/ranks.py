@@ -1,0 +1,77 @@
+"""Real multi-rank runs inside pytest: a pool of processes that are started once and take one job after another.
+
+A job is a module-level function; it runs on `world_size` processes at once, each as one rank with a gloo process group's environment, and returns
+something picklable. A job that fails on any rank fails the test with that rank's traceback, and the pool is started anew.
+"""
+
+import multiprocessing
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+JOB_SECONDS = 240
+
+
+def _serve(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    while (job := jobs.get()) is not None:
+        function, rank, world_size, port, args = job
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        try:
+            results.put((rank, True, function(*args)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+
+
+class RankPool:
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Any]] = []
+        self._results: Any = None
+
+    def _grow(self, world_size: int) -> None:
+        if self._results is None:
+            self._results = self._context.Queue()
+        while len(self._workers) < world_size:
+            jobs = self._context.Queue()
+            worker = self._context.Process(target=_serve, args=(jobs, self._results))  # not daemonic: saving starts processes
+            worker.start()
+            self._workers.append((worker, jobs))
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        """Run `function(*args)` as ranks 0 … world_size - 1; returns what each rank returned."""
+        self._grow(world_size)
+        port = _free_port()
+        for rank in range(world_size):
+            self._workers[rank][1].put((function, rank, world_size, port, args))
+        returned: dict[int, Any] = {}
+        while len(returned) < world_size:
+            try:
+                rank, succeeded, value = self._results.get(timeout=JOB_SECONDS)
+            except queue.Empty:
+                self.close()
+                raise AssertionError(f"{function.__name__}: ranks {sorted(set(range(world_size)) - set(returned))} did not return") from None
+            if not succeeded:
+                self.close()  # the other ranks may wait for this one for ever
+                raise AssertionError(f"{function.__name__} failed on rank {rank} of {world_size}:\n{value}")
+            returned[rank] = value
+        return [returned[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        for worker, _ in self._workers:
+            worker.kill()
+            worker.join()
+        self._workers, self._results = [], None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
