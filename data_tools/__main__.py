@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from data_tools import stdlib_corpus, tokenize_corpus, train_tokenizer
+from data_tools import ngram, stdlib_corpus, tokenize_corpus, train_tokenizer
 from nemotron_train.errors import EXIT_FAILED, NemotronTrainError
 
-COMMANDS = (tokenize_corpus, train_tokenizer, stdlib_corpus)  # each has add_command(commands), which sets `run`
+COMMANDS = (tokenize_corpus, train_tokenizer, stdlib_corpus, ngram)  # each has add_command(commands), which sets `run`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

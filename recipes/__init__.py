@@ -1,1 +1,1 @@
-"""The YAML files a run is composed from. Read by `nemotron_train.config.load` only; a folder is a group, a file one choice."""
+"""The YAML files a run is composed from. A folder is a group, a file one choice of it."""

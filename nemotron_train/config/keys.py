@@ -31,7 +31,7 @@ class KeyInfo:
     comment: str
 
 
-def describe_keys(section: type = RunConfig, prefix: str = "") -> list[KeyInfo]:
+def describe_keys(section: Any = RunConfig, prefix: str = "") -> list[KeyInfo]:
     """List every key a user may set, in the order of the schema."""
     comments = _field_comments(section)
     found: list[KeyInfo] = []

@@ -1,7 +1,7 @@
 """How the command line and `recipes/` become one RunConfig, and how a RunConfig is written down and read again.
 
-Hydra only composes (defaults lists, groups, overrides, interpolation); types are checked in `typed.py`. `hydra.main` is not
-used, so there is no output folder, no log configuration and no change of working directory to switch off.
+Hydra only composes (defaults lists, groups, overrides, interpolation); types are checked in `typed.py`. `hydra.main`
+is not used, so there is no output folder, no log configuration and no change of working directory to switch off.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -32,7 +32,7 @@ def load_config(overrides: Sequence[str]) -> RunConfig:
     """Compose the recipes with `key=value` arguments and return the typed result.
 
     Raises:
-        ConfigError: unknown keys, wrong types, unknown groups or experiments, values that are missing; all of them at once.
+        ConfigError: unknown keys, groups and experiments, wrong types, missing values; all at once where possible.
     """
     return read_run_config(_resolved_tree(_compose(_hydra_overrides(overrides))))
 
@@ -98,7 +98,8 @@ def _hydra_overrides(arguments: Sequence[str]) -> list[str]:
         else:
             passed.append("++" + text)
     if chosen.get("experiment") is None:
-        problems.insert(0, f"No experiment chosen. Add experiment=NAME, one of: {', '.join(list_choices('experiment'))}.")
+        experiments = ", ".join(list_choices("experiment"))
+        problems.insert(0, f"No experiment chosen. Add experiment=NAME, one of: {experiments}.")
     raise_if(problems)
     return passed
 

@@ -1,7 +1,7 @@
 """Does this tree of plain values fit the schema: turns it into frozen dataclasses, or lists everything that is wrong.
 
-OmegaConf's own structured configs are not used for this: they turn the text "3072" into a number without a word, stop at
-the first problem, and make frozen dataclasses read-only to Hydra.
+OmegaConf's own structured configs are not used for this: they turn the text "3072" into a number without a word, stop
+at the first problem, and make frozen dataclasses read-only to Hydra.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from nemotron_train.config.keys import (
     list_element,
     near_miss,
     optional_kind,
+    plain,
     type_text,
 )
 from nemotron_train.config.schema import RunConfig
@@ -35,7 +36,8 @@ class Reader:
     def section(self, section: type[Section], values: Any, key: str) -> Section | None:
         """Build one dataclass, or None where a value is missing or wrong."""
         if not isinstance(values, dict):
-            return self._refuse(key, values, "a section with keys")
+            self._refuse(key, values, "a section with keys")
+            return None
         hints = get_type_hints(section)
         for name, value in values.items():
             if name not in hints:
@@ -43,10 +45,10 @@ class Reader:
         built: dict[str, Any] = {}
         missing = []
         for field in dataclasses.fields(section):  # type: ignore[arg-type]
-            value = values.get(field.name, field_default(field))
+            value = values.get(field.name, plain(field_default(field)))
             if value == MISSING:
                 missing.append(field.name)
-            elif field.name in values or field.default_factory is dataclasses.MISSING:
+            else:
                 built[field.name] = self.value(hints[field.name], value, _join(key, field.name))
         if missing:
             self._report_missing(key, missing)
@@ -61,7 +63,8 @@ class Reader:
             return self.section(kind, value, key)  # type: ignore[arg-type]
         if element := list_element(kind):
             if not isinstance(value, list):
-                return self._refuse(key, value, type_text(kind))
+                self._refuse(key, value, type_text(kind))
+                return None
             return [self.value(element, item, f"{key}[{index}]") for index, item in enumerate(value)]
         if issubclass(kind, Enum):
             return self._choice(kind, value, key)
@@ -90,7 +93,8 @@ class Reader:
             hint = f" Write {int(value)}."
         elif kind in (int, float, bool) and isinstance(value, str) and _is_number(value):
             hint = " Remove the quotes."
-        return self._refuse(key, value, type_text(kind), hint)
+        self._refuse(key, value, type_text(kind), hint)
+        return None
 
     def _refuse(self, key: str, value: Any, expected: str, hint: str = "") -> None:
         found = {str: "text", bool: "true or false", type(None): "null", list: "a list", dict: "a section"}.get(

@@ -2,9 +2,10 @@
 
 Step k visits the point u_k = (STRIDE k + offset) mod 2^40 of a circle that the sources divide in proportion to
 their weights. With a stride of about 2^40 / golden ratio the points spread as evenly as points can, for every
-prefix and every arc at once, so each source keeps its share within a few samples all the time. The number of
-earlier points in an arc is a difference of two sums of floors, which a Euclid-like recursion adds up in about 20
-steps, so nothing is counted and nothing stored.
+prefix and every arc at once: each source stays within 5 samples of its weight early in a phase. The deviation grows
+with the logarithm of the phase's length, to a measured 5.7 samples after 2.4e9. The number of earlier points in an arc
+is a difference of two sums of floors, which a Euclid-like recursion adds up in about 20 steps, so nothing is counted
+and nothing stored.
 """
 
 from bisect import bisect_right

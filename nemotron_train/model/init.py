@@ -8,6 +8,7 @@ import hashlib
 import math
 
 import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from nemotron_train.config.schema import Initialization, ModelSection
@@ -18,7 +19,7 @@ A_RANGE = (1.0, 16.0)  # -A starts uniform in this range
 
 
 def initialize_weights(chunk: nn.Module, model: ModelSection, *, seed: int, num_layers: int, tp_rank: int, tp_size: int) -> None:
-    """Fill this rank's parameters in place. `num_layers` is the depth of the whole model."""
+    """Fill this rank's parameters in place and mark those that are split. `num_layers` is the depth of the whole model."""
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             rule = rule_for(name)
@@ -30,6 +31,8 @@ def initialize_weights(chunk: nn.Module, model: ModelSection, *, seed: int, num_
                 shape[rule.split_dim] *= tp_size
             whole = _draw(rule.start, shape, model, num_layers, generator)
             parameter.copy_(take_shard(whole, rule, model, tp_rank, tp_size))
+            # The gradient norm counts a parameter on every tensor-parallel rank if it is marked as split, else on the first.
+            set_tensor_model_parallel_attributes(parameter, rule.split_dim is not None, rule.split_dim or 0, 1)
 
 
 def take_shard(whole: Tensor, rule: ParameterRule, model: ModelSection, tp_rank: int, tp_size: int) -> Tensor:

@@ -59,11 +59,9 @@ def metric_named(name: str) -> Metric:
     Raises:
         ValueError: the name is in no row. That is a bug of the caller, never the user's: add a row to `METRICS`.
     """
-    metric = None if name.endswith(SOURCE_SUFFIX) else _BY_NAME.get(name)
-    if metric is None and "/" in name:
-        stem, source = name.split("/", 1)
-        metric = _BY_NAME.get(stem + SOURCE_SUFFIX) if source else None
-    if metric is None:
+    stem, _, source = name.partition("/")
+    metric = _BY_NAME.get(stem + SOURCE_SUFFIX if source else name)
+    if metric is None or name.endswith(SOURCE_SUFFIX):
         raise ValueError(f"{name!r} is not a metric: add a row with its unit and meaning to METRICS in {__name__}")
     return metric
 

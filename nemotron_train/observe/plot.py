@@ -57,7 +57,9 @@ def build_loss_figure(
     _draw_yardsticks(loss_axes, yardsticks)
     _limit_loss_range(loss_axes, records, yardsticks)
     if any(math.isfinite(x) for line in loss_axes.lines for x in line.get_ydata()):
-        loss_axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1, labelcolor=INK, fontsize=10)
+        loss_axes.legend(
+            loc="upper right", facecolor="white", edgecolor="none", framealpha=1, labelcolor=INK, fontsize=10
+        )
     rate_axes.plot(*curve(records, "learning_rate"), color=RATE, linewidth=1.6)
     rate_axes.set_ylim(bottom=0)
     _mark_phases(loss_axes, rate_axes, phases)

@@ -5,6 +5,7 @@ A run keeps one wandb id over all its restarts, so that its curve stays one curv
 """
 
 import importlib
+import json
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ class WandbWriter:
             dir=str(run_dir),
             mode=mode,
             resume="allow" if mode == "online" else None,  # offline runs with one id are joined when they are synced
-            config=asdict(config),
+            config=json.loads(json.dumps(asdict(config))),  # enums as the words that a user writes
         )
 
     def write(self, record: Record) -> None:

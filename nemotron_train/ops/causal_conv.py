@@ -1,7 +1,8 @@
 """How does the short causal convolution of the Mamba-2 mixer, with its SiLU, run fast in plain torch?
 
-Each channel has its own K weights (K is 4), so the convolution is K multiply-adds of shifted rows: with channels innermost, as the
-projection before leaves them, that beats the general convolution with its copies into another order.
+Each channel has its own K weights (K is 4), so the convolution is K multiply-adds of shifted rows: with channels
+innermost, as the projection before leaves them, that beats the general convolution with its copies into another
+order.
 
 Shapes: B micro-batch, S sequence, C channels, K weights of a channel (the last one is the token's own).
 """
@@ -15,8 +16,9 @@ _BLOCK_NUMBERS = 1 << 16  # numbers of a block of the backward pass: a few such 
 
 
 def causal_conv_silu(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
-    """Return silu(bias + sum over k of weight[:, k] * x of the token K-1-k earlier), in x's dtype; before the start x is 0.
+    """Return silu(bias + sum over k of weight[:, k] * x of the token K-1-k earlier), in x's dtype.
 
+    Before the start x is 0.
     Sums are float32 whatever the inputs are (float64 for float64 inputs).
     """
     return _CausalConvSilu.apply(x_BSC, weight_CK, bias_C)

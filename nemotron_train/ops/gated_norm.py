@@ -1,8 +1,8 @@
 """How does the gated RMSNorm at the end of the Mamba-2 mixer run fast in plain torch?
 
-The gate comes first, then the norm over each group of channels: n = y silu(z), out = weight n / rms(n). Forward and backward take a
-block of tokens at a time, so that the dozen elementwise passes of the backward work in a core's cache and nothing but y, z and
-one number a group is kept.
+The gate comes first, then the norm over each group of channels: n = y silu(z), out = weight n / rms(n). Forward and
+backward take a block of tokens at a time, so that the dozen elementwise passes of the backward work in a core's cache
+and nothing but y, z and one number a group is kept.
 
 Shapes: T tokens (all leading axes together), C channels, G groups of channels.
 """

@@ -14,7 +14,7 @@ from nemotron_train.ops.ssd import ssd
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of one implementation. Signatures and meaning are those of the functions of the same name in `ops/`."""
+    """The operations of one implementation, with the signatures and meaning of the functions of their names."""
 
     name: str  # as it stands in the log
     ssd: Callable[..., Tensor]

@@ -1,15 +1,17 @@
 """How does the state-space scan (SSD) of Mamba-2 run fast in plain torch, forward and backward?
 
-The sequence is cut into chunks. Inside a chunk the scan is a masked matrix product per head (attention without softmax); between
-chunks a state of P x N numbers per head is carried by a short loop. The backward pass is written by hand: autograd would keep every
-intermediate, and would expand B and C, which a group of heads shares, to all heads. `model/reference/ssd.py` has the definition.
+The sequence is cut into chunks. Inside a chunk the scan is a masked matrix product per head (attention without
+softmax); between chunks a state of P x N numbers per head is carried by a short loop. The backward pass is written by
+hand: autograd would keep every intermediate, and would expand B and C, which a group of heads shares, to all heads.
+`model/reference/ssd.py` has the definition.
 
 Source: Mamba-2, arXiv 2405.21060, section 6.
 
-Shapes: B micro-batch, S sequence, H heads, P head dim, G groups of heads that share B and C, N state dim; R = H/G heads of a group,
-K chunks, L tokens of a chunk (l the token that reads, s the token that wrote). A, B, C, D and dt are also the paper's names.
-Inside, two orders are used, both with K and B in front: "by head" (G R L P), where each head is one matrix, for what differs
-between heads, and "by group" (G L R P), where the heads of a group are columns of one matrix, for products with the shared B and C.
+Shapes: B micro-batch, S sequence, H heads, P head dim, G groups of heads that share B and C, N state dim; R = H/G
+heads of a group, K chunks, L tokens of a chunk (l the token that reads, s the token that wrote). A, B, C, D and dt
+are also the paper's names. Inside, two orders are used, both with K and B in front: "by head" (G R L P), where each
+head is one matrix, for what differs between heads, and "by group" (G L R P), where the heads of a group are columns
+of one matrix, for products with the shared B and C.
 """
 
 from typing import Any, NamedTuple
@@ -67,8 +69,18 @@ class _Chunked(NamedTuple):
         """Over the whole chunk, with axes for P and N."""
         return _decay(self.log_decay_KBGRL[..., -1, None, None])
 
+    @property
+    def own_scores(self) -> Tensor:
+        """C_t . B_t of each token t (K B G 1 L)."""
+        return (self.C_XLN * self.B_XLN).sum(-1).view_as(self.dt_KBGRL[:, :, :, 0]).unsqueeze(3)
+
+    def own_factor(self, D_H: Tensor) -> Tensor:
+        """What a token's y takes of its own x (K B G R L): through the state, without decay, and the skip."""
+        D_GR1 = D_H.to(self.dt_KBGRL.dtype).view(*self.dt_KBGRL.shape[2:4], 1)
+        return torch.addcmul(D_GR1, self.own_scores, self.dt_KBGRL)
+
     def decay_between_tokens(self) -> Tensor:
-        """From token s to token l (axes l, s); 1 where s comes after l, which `_scores` masks."""
+        """From token s to token l (axes l, s); 1 where s comes after l, which `_past_scores` masks."""
         cum = self.log_decay_KBGRL
         # Above the diagonal the difference is positive; limited before the exponential, so that nothing overflows.
         return _decay(cum.unsqueeze(-1) - cum.unsqueeze(-2))
@@ -110,7 +122,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The scan over whole chunks. Kept for the backward pass: the inputs, the output and one state a chunk."""
+    """The scan over whole chunks. Kept for the backward pass: the inputs, what was read of the past, a state a chunk."""
 
     @staticmethod
     def forward(
@@ -118,20 +130,18 @@ class _ChunkedScan(torch.autograd.Function):
     ) -> Tensor:
         chunked = _cut(x, dt, A, B, C, chunk_length)
         states_KBGRPN = _states_before_chunks(chunked)
-        y_KBGRLP = _read(chunked, states_KBGRPN)
-        y = torch.empty_like(x, dtype=y_KBGRLP.dtype)
-        D_GR11 = D.to(y.dtype).view(*y_KBGRLP.shape[2:4], 1, 1)
-        torch.addcmul(y_KBGRLP, chunked.x_KBGRLP, D_GR11, out=_by_head(y, y_KBGRLP.shape[2], chunk_length))
-        y_out = y.to(x.dtype)
-        # A rounded output would not do: the gradient of the decays is a difference of sums over it.
-        ctx.save_for_backward(x, dt, A, B, C, D, states_KBGRPN, y_out if y_out.dtype == y.dtype else y)
+        past_KBGRLP = _read_past(chunked, states_KBGRPN)
+        y = torch.empty_like(x, dtype=past_KBGRLP.dtype)
+        y_KBGRLP = _by_head(y, B.shape[2], chunk_length)
+        torch.addcmul(past_KBGRLP, chunked.x_KBGRLP, chunked.own_factor(D).unsqueeze(-1), out=y_KBGRLP)
+        ctx.save_for_backward(x, dt, A, B, C, D, states_KBGRPN, past_KBGRLP)
         ctx.chunk_length = chunk_length
-        return y_out
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, states_KBGRPN, y = ctx.saved_tensors
-        return *_gradients(dy, inputs, states_KBGRPN, y, ctx.chunk_length), None
+        *inputs, states_KBGRPN, past_KBGRLP = ctx.saved_tensors
+        return *_gradients(dy, inputs, states_KBGRPN, past_KBGRLP, ctx.chunk_length), None
 
 
 def _states_before_chunks(c: _Chunked) -> Tensor:
@@ -153,58 +163,63 @@ def _written_to_state(c: _Chunked) -> Tensor:
     return torch.mul(u, c.decay_to_end[:-1].transpose(3, 4).unsqueeze(-1), out=_empty(u))
 
 
-def _read(c: _Chunked, states_KBGRPN: Tensor) -> Tensor:
-    """Return what each token reads (K B G R L P): of its chunk's tokens up to itself, and of the state before the chunk."""
-    mixing_KBGRLL = c.decay_between_tokens().mul_(_scores(c))
-    y_KBGRLP = torch.bmm(mixing_KBGRLL.flatten(0, 3), c.u_KBGRLP.flatten(0, 3)).view_as(c.u_KBGRLP)
+def _read_past(c: _Chunked, states_KBGRPN: Tensor) -> Tensor:
+    """Return what each token reads of the tokens before it (K B G R L P): in its chunk, and through the state."""
+    mixing_KBGRLL = c.decay_between_tokens().mul_(_past_scores(c))
+    past_KBGRLP = torch.bmm(mixing_KBGRLL.flatten(0, 3), c.u_KBGRLP.flatten(0, 3)).view_as(c.u_KBGRLP)
     columns_XRPN = states_KBGRPN.flatten(3, 4).flatten(0, 2)
-    from_state = torch.bmm(c.C_XLN, columns_XRPN.mT).view_as(y_KBGRLP.transpose(3, 4))
-    return y_KBGRLP.addcmul_(from_state.transpose(3, 4), c.decay_from_start.transpose(3, 4))
+    from_state = torch.bmm(c.C_XLN, columns_XRPN.mT).view_as(past_KBGRLP.transpose(3, 4))
+    return past_KBGRLP.addcmul_(from_state.transpose(3, 4), c.decay_from_start.transpose(3, 4))
 
 
-def _scores(c: _Chunked) -> Tensor:
-    """Return C_l . B_s for the tokens l, s of each chunk (K B G 1 L L), and 0 where s comes after l."""
+def _past_scores(c: _Chunked) -> Tensor:
+    """Return C_l . B_s for the tokens s before l of each chunk (K B G 1 L L), and 0 for the others."""
     chunks, micro_batch, groups, _, length, _ = c.u_KBGRLP.shape
-    return torch.bmm(c.C_XLN, c.B_XLN.mT).tril_().view(chunks, micro_batch, groups, 1, length, length)
+    return torch.bmm(c.C_XLN, c.B_XLN.mT).tril_(-1).view(chunks, micro_batch, groups, 1, length, length)
 
 
 def _gradients(
-    dy: Tensor, inputs: list[Tensor], states_KBGRPN: Tensor, y: Tensor, chunk_length: int
+    dy: Tensor, inputs: list[Tensor], states_KBGRPN: Tensor, past_KBGRLP: Tensor, chunk_length: int
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, dt, A, B, C, D."""
     x, dt, A, B, C, D = inputs
     c = _cut(x, dt, A, B, C, chunk_length)
-    groups, heads = B.shape[2], c.u_KBGRLP.shape[2:4]
-    dy_KBGRLP = _by_head(dy.to(y.dtype), groups, chunk_length).contiguous()
+    groups, heads, dtype = B.shape[2], c.u_KBGRLP.shape[2:4], past_KBGRLP.dtype
+    dy_KBGRLP = _by_head(dy.to(dtype), groups, chunk_length).contiguous()
     du, dB_XLN, dC_XLN = _gradients_within_chunks(c, dy_KBGRLP)
     d_end_KBGR = _add_gradients_through_states(c, states_KBGRPN, dy_KBGRLP, du, dB_XLN, dC_XLN)
 
-    A_GR1, D_GR1 = A.to(y.dtype).view(*heads, 1), D.to(y.dtype).view(*heads, 1)
     x_dot_du = (c.x_KBGRLP * du).sum(-1)
     x_dot_dy = (c.x_KBGRLP * dy_KBGRLP).sum(-1)
-    y_dot_dy = (_by_head(y, groups, chunk_length) * dy_KBGRLP).sum(-1)
-    # Token l's cumulative log decay scales all it reads up and all it wrote down by the same factor, so its gradient is
-    # dy . (y without skip) - du . u: no sum over a matrix of tokens by tokens is needed.
-    d_cumulative = y_dot_dy - D_GR1 * x_dot_dy - c.dt_KBGRL * x_dot_du
+    # A token's cumulative log decay scales up all that it reads of the past and scales down all that it writes for
+    # later, so its gradient is dy . past - du . u: a sum over tokens, not over a matrix of tokens by tokens. A
+    # token's own part would stand in both terms; it is kept out, so that it cannot drown the rest where decays are
+    # strong.
+    d_cumulative = (past_KBGRLP * dy_KBGRLP).sum(-1) - c.dt_KBGRL * x_dot_du
     d_cumulative[..., -1] += d_end_KBGR
     d_log_decay = d_cumulative.flip(-1).cumsum(-1).flip(-1)
+    d_own_XL1 = (x_dot_dy * c.dt_KBGRL).sum(3).flatten(0, 2).unsqueeze(-1)
+    dB_XLN.addcmul_(d_own_XL1, c.C_XLN)
+    dC_XLN.addcmul_(d_own_XL1, c.B_XLN)
 
-    dx = torch.empty_like(x, dtype=y.dtype)
+    dx = torch.empty_like(x, dtype=dtype)
     dx_KBGRLP = torch.mul(du, c.dt_KBGRL.unsqueeze(-1), out=_by_head(dx, groups, chunk_length))
-    dx_KBGRLP.addcmul_(dy_KBGRLP, D_GR1.unsqueeze(-1))
-    ddt = (x_dot_du + d_log_decay * A_GR1).permute(1, 0, 4, 2, 3).reshape(dt.shape)
+    dx_KBGRLP.addcmul_(dy_KBGRLP, c.own_factor(D).unsqueeze(-1))
+    ddt_KBGRL = x_dot_du + d_log_decay * A.to(dtype).view(*heads, 1) + x_dot_dy * c.own_scores
+    ddt = ddt_KBGRL.permute(1, 0, 4, 2, 3).reshape(dt.shape)
     dA = (d_log_decay * c.dt_KBGRL).sum((0, 1, 4)).view(A.shape)
-    dB, dC = (t.view(*c.u_KBGRLP.shape[:3], chunk_length, -1).permute(1, 0, 3, 2, 4).reshape(B.shape) for t in (dB_XLN, dC_XLN))
+    by_group = (*c.u_KBGRLP.shape[:3], chunk_length, -1)
+    dB, dC = (t.view(by_group).permute(1, 0, 3, 2, 4).reshape(B.shape) for t in (dB_XLN, dC_XLN))
     dD = x_dot_dy.sum((0, 1, 4)).view(D.shape)
     return tuple(d.to(t.dtype) for d, t in zip((dx, ddt, dA, dB, dC, dD), inputs, strict=True))
 
 
 def _gradients_within_chunks(c: _Chunked, dy_KBGRLP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return du (K B G R L P), dB and dC (X L N) of what tokens read from tokens of their own chunk."""
+    """Return du (K B G R L P), dB and dC (X L N) of what tokens read of the tokens before them in their own chunk."""
     decay_KBGRLL = c.decay_between_tokens()
     dy, u = dy_KBGRLP.flatten(0, 3), c.u_KBGRLP.flatten(0, 3)
-    d_scores = torch.bmm(dy, u.mT).view_as(decay_KBGRLL).mul_(decay_KBGRLL).sum(3).tril_().flatten(0, 2)
-    mixing_KBGRLL = decay_KBGRLL.mul_(_scores(c))
+    d_scores = torch.bmm(dy, u.mT).view_as(decay_KBGRLL).mul_(decay_KBGRLL).sum(3).tril_(-1).flatten(0, 2)
+    mixing_KBGRLL = decay_KBGRLL.mul_(_past_scores(c))
     du = torch.bmm(mixing_KBGRLL.flatten(0, 3).mT, dy).view_as(dy_KBGRLP)
     return du, torch.bmm(d_scores.mT, c.C_XLN), torch.bmm(d_scores, c.B_XLN)
 

@@ -1,7 +1,7 @@
 """How the training tokens fall into steps: batch sizes, micro-batches, and the number of whole steps.
 
-The state of training is one integer, the tokens consumed so far. All of this is arithmetic over the few segments of the batch
-schedule, never a loop over steps.
+The state of training is one integer, the tokens consumed so far. All of this is arithmetic over the few segments of
+the batch schedule, never a loop over steps.
 """
 
 from dataclasses import dataclass
@@ -62,8 +62,11 @@ class BatchPlan:
         return steps
 
     def step_at(self, consumed_tokens: int) -> int:
-        """Return how many steps are done. Counted from the end, so that a run that changed its batch size on the way (and
-        stands between two steps of this plan) still ends with step `num_steps`."""
+        """Return how many steps are done.
+
+        Counted from the end: a run that changed its batch size on the way, and so stands between two steps of this
+        plan, still ends with step `num_steps`.
+        """
         return self.num_steps - self.steps_left(consumed_tokens)
 
     def consumed_tokens_at(self, step: int) -> int:
@@ -82,7 +85,7 @@ class BatchPlan:
 
 
 def _steps_to_pass(consumed_tokens: int, end: int, tokens_per_step: int) -> int:
-    """Return the steps until `consumed_tokens` is at or over `end`: a segment's last step may reach into the next one."""
+    """Return the steps until `consumed_tokens` is at or over `end` (a segment's last step may reach into the next)."""
     return max(-(-(end - consumed_tokens) // tokens_per_step), 0)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from nemotron_train.config.schema import LrSchedule
-from nemotron_train.plan.pattern import CUT, LayerKind
+from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.run_plan import RunPlan
 
 
@@ -70,9 +70,10 @@ def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
     parts = ", ".join(f"{name.replace('_', ' ')} {short(count)}" for name, count in _parts(plan) if count)
     tied = ", head tied to the embedding" if model.tied_embeddings else ""
     return [
-        ("model", f"{len(plan.layers)} layers: {kinds}; hidden {model.hidden_size:,}, vocabulary {model.vocab_size:,}{tied}"),
+        ("model", f"{len(plan.layers)} layers: {kinds}"),
+        ("", f"hidden {model.hidden_size:,}, vocabulary {model.vocab_size:,}{tied}"),
         ("parameters", f"{short(sizes.parameters)} ({sizes.parameters:,}): {parts}"),
-        ("compute", f"{short(sizes.flops_per_token)}FLOP a token, {plan.train_flops:.3g} FLOP in all"),
+        ("compute", f"{sizes.flops_per_token / 1e9:.4g} GFLOP a token, {plan.train_flops:.3g} FLOP in all"),
     ]
 
 
@@ -92,8 +93,8 @@ def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
     by_hand = "by hand" if plan.pattern.cuts is not None else "by cost"
     rows.append(("pipeline", f"cut {by_hand}; the slowest rank does {_imbalance(plan):.1%} more than the mean"))
     for rank in range(layout.pipeline):
-        layers = "   ".join(f"{chunk.start}-{chunk.stop - 1} {_chunk_text(plan, chunk)}" for chunk in plan.chunks_of(rank))
-        rows.append(("", f"rank {rank}: {costs[rank] / sum(costs):.1%} of the cost, layers {layers}"))
+        chunks = (f"{chunk.start}-{chunk.stop - 1} {_chunk_text(plan, chunk)}" for chunk in plan.chunks_of(rank))
+        rows.append(("", f"rank {rank}: {costs[rank] / sum(costs):.1%} of the cost, layers {'   '.join(chunks)}"))
     return rows
 
 
@@ -102,8 +103,9 @@ def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows = [
         (
             "step",
-            f"{batches.global_batch_size_at(0)} samples x {batches.seq_length:,} tokens = {plan.tokens_per_step:,} tokens; "
-            f"a rank takes {batches.num_micro_batches_at(0)} micro-batches of {batches.micro_batch_size}",
+            f"{batches.global_batch_size_at(0)} samples x {batches.seq_length:,} tokens = "
+            f"{plan.tokens_per_step:,} tokens, on every rank {batches.num_micro_batches_at(0)} micro-batch(es) "
+            f"of {batches.micro_batch_size}",
         )
     ]
     for segment in batches.segments[1:]:
@@ -129,7 +131,7 @@ def _learning_rate_text(plan: RunPlan) -> str:
     if lr.schedule is LrSchedule.cosine:
         return text + f"then a cosine from {lr.peak:g} to {lr.min:g}"
     assert lr.decay_shape is not None, "plan.rules asks for lr.decay_shape"
-    return text + f"{lr.peak:g}, over the last {lr.decay_tokens:,} tokens to {lr.min:g} ({lr.decay_shape.value})"
+    return text + f"{lr.peak:g} held, to {lr.min:g} over the last {lr.decay_tokens:,} ({lr.decay_shape.value})"
 
 
 def _phase_rows(plan: RunPlan) -> list[tuple[str, str]]:
@@ -157,8 +159,8 @@ def _imbalance(plan: RunPlan) -> float:
 
 
 def short(count: float) -> str:
-    """Write a large number with a unit: 12.31 B."""
+    """Write a large number with a unit: 12.31B."""
     for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count:g} "
+            return f"{count / factor:.4g}{unit}"
+    return f"{count:g}"

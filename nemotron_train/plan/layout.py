@@ -1,7 +1,7 @@
 """Who is where: the place of every rank in the tensor, context, data and pipeline axes.
 
-The order is Megatron-Core's `tp-cp-ep-dp-pp` (no expert axis here): ranks of one tensor-parallel group are neighbours, so
-they sit in one node; pipeline stages, which talk least, are farthest apart.
+The order is Megatron-Core's `tp-cp-ep-dp-pp` (no expert axis here): ranks of one tensor-parallel group are neighbours,
+so they sit in one node; pipeline stages, which talk least, are farthest apart.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """What is the learning rate after so many tokens: warm-up, hold, decay.
 
-The same curves as Megatron-Core's `OptimizerParamScheduler`, in tokens, so that a change of batch size does not bend them.
+The same curves as Megatron-Core's `OptimizerParamScheduler`, in tokens, so that a change of batch size does not bend
+them.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Which layers the model has: reads `model.layer_pattern`, one letter a layer, `|` where the pipeline is cut by hand."""
+"""Which layers the model has: reads `model.layer_pattern`, a letter a layer, `|` where the pipeline is cut by hand."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -31,7 +31,7 @@ def parse_pattern(text: str) -> ParsedPattern:
     """Read a pattern such as `M-M|*-`.
 
     Raises:
-        ConfigError: an unknown letter (with its position, counted from 1), no layers, or a `|` with no layer on one side.
+        ConfigError: an unknown letter (its position counts from 1), no layers, or a `|` with no layer on one side.
     """
     layers: list[LayerKind] = []
     cuts: list[int] = []

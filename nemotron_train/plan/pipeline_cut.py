@@ -1,14 +1,14 @@
 """Where the pipeline is cut: which layers every model chunk holds.
 
-Chunk c lives on pipeline rank c % pp_size as its virtual stage c // pp_size, which is the order in which Megatron-Core's
-interleaved schedule visits them. The slowest rank sets the pace of all, so its cost is what a cut makes small; the embedding
-counts for the first chunk and the output layer for the last.
+Chunk c lives on pipeline rank c % pp_size as its virtual stage c // pp_size, which is the order in which
+Megatron-Core's interleaved schedule visits them. The slowest rank sets the pace of all, so its cost is what a cut
+makes small; the embedding counts for the first chunk and the output layer for the last.
 """
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.pattern import ParsedPattern
@@ -44,7 +44,7 @@ def cut_pipeline(pattern: ParsedPattern, costs: StageCosts, pp_size: int, vpp_si
 
 
 def check_cut(pattern: ParsedPattern, pp_size: int, vpp_size: int) -> None:
-    """Raise a ConfigError if `|` does not give exactly pp_size x vpp_size pieces, or there are fewer layers than pieces."""
+    """Raise a ConfigError if `|` does not give exactly pp_size x vpp_size pieces, or layers are fewer than pieces."""
     num_layers, num_chunks = len(pattern.layers), pp_size * vpp_size
     wanted = (
         f"the {num_chunks} pieces of parallel.pipeline_parallel_size={pp_size} x "
@@ -92,8 +92,8 @@ class _ChunkCosts:
 def _cut_evenly(costs: _ChunkCosts) -> tuple[int, ...]:
     """Make the most expensive chunk as cheap as can be, and among such cuts the rest as even as can be.
 
-    Two exact passes of dynamic programming from the last chunk backwards: the first finds the smallest possible maximum,
-    the second the smallest sum of squares that keeps to it.
+    Two exact passes of dynamic programming from the last chunk backwards: the first finds the smallest possible
+    maximum, the second the smallest sum of squares that keeps to it.
     """
     maximum = _best_cuts(costs, limit=float("inf"), join=max)[0]
     return _best_cuts(costs, limit=maximum, join=lambda cost, rest: cost * cost + rest)[1]
@@ -118,8 +118,9 @@ def _best_cuts(costs: _ChunkCosts, limit: float, join: Join) -> tuple[float, tup
 def _cut_for_ranks(costs: _ChunkCosts, pp_size: int, even_cuts: tuple[int, ...]) -> tuple[int, ...]:
     """Make the most expensive rank, over all its virtual stages, as cheap as can be.
 
-    A rank's chunks lie apart, so a partial cut has to remember every rank's load. The even cut bounds what is worth keeping;
-    within it the best partial cuts at each place are followed: all of them for small models, enough for large ones.
+    A rank's chunks lie apart, so a partial cut has to remember every rank's load. The even cut bounds what is worth
+    keeping; within it the best partial cuts at each place are followed: all of them for small models, enough for large
+    ones.
     """
     kept = max(KEPT_PARTIAL_CUTS // (costs.num_layers * costs.num_chunks), 8)
     edges = (0, *even_cuts, costs.num_layers)
@@ -166,4 +167,4 @@ def _one_per_loads(partial_cuts: list[PartialCut]) -> Iterable[PartialCut]:
 
 def _ranges(cuts: Sequence[int], num_layers: int) -> tuple[range, ...]:
     edges = (0, *cuts, num_layers)
-    return tuple(range(start, end) for start, end in zip(edges, edges[1:], strict=False))
+    return tuple(range(start, end) for start, end in pairwise(edges))

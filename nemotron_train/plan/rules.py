@@ -1,7 +1,7 @@
 """What cannot work: every rule across keys, checked before anything is started, all violations reported together.
 
-A rule is a small function that yields a message for each violation, with the values that clash and the keys to change. Rules
-of the model and its layout are here; those of the run (batches, learning rate, data) in `run_rules.py`.
+A rule is a small function that yields a message for each violation, with the values that clash and the keys to change.
+Rules of the model and its layout are here; those of the run (batches, learning rate, data) in `run_rules.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -83,7 +83,7 @@ def tensor_parallel_size_divides_the_model(config: RunConfig, world_size: int) -
         if value % tp_size:
             yield (
                 f"model.{name}={value} cannot be split over parallel.tensor_parallel_size={tp_size} ranks. "
-                f"Use {nearest_divisors(value, tp_size)} ranks, or {nearest_multiples(value, tp_size)} for model.{name}."
+                f"Use {nearest_divisors(value, tp_size)} ranks, or model.{name} of {nearest_multiples(value, tp_size)}."
             )
 
 

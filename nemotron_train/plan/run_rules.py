@@ -2,11 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 from nemotron_train.config.keys import near_miss
 from nemotron_train.config.schema import LrSchedule, RunConfig
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_multiples
+
+SCHEDULES_THAT_READ = {
+    "min": (LrSchedule.wsd, LrSchedule.cosine),
+    "decay_tokens": (LrSchedule.wsd,),
+    "decay_shape": (LrSchedule.wsd,),
+}
 
 
 def batches_divide_among_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -34,7 +41,7 @@ def batches_divide_among_ranks(config: RunConfig, world_size: int) -> Iterator[s
 
 def batch_schedule_rises(config: RunConfig, world_size: int) -> Iterator[str]:
     starts = [0, *(change.start_tokens for change in config.train.batch_schedule)]
-    for index, (before, start) in enumerate(zip(starts, starts[1:], strict=False)):
+    for index, (before, start) in enumerate(pairwise(starts)):
         if start <= before:
             previous = f"train.batch_schedule[{index - 1}].start_tokens" if index else "the start of the run"
             yield (
@@ -61,24 +68,24 @@ def evaluation_has_something_to_read(config: RunConfig, world_size: int) -> Iter
             "Set data.sources[].eval_prefixes, or train.eval_every_steps=0."
         )
     if train.eval_tokens < train.seq_length:
-        yield (
-            f"train.eval_tokens={train.eval_tokens} is less than one sample of train.seq_length={train.seq_length}."
-        )
+        yield (f"train.eval_tokens={train.eval_tokens} is less than one sample of train.seq_length={train.seq_length}.")
 
 
 def schedule_has_its_keys_and_no_others(config: RunConfig, world_size: int) -> Iterator[str]:
     lr = config.lr
-    wanted = {LrSchedule.wsd: {"min", "decay_tokens", "decay_shape"}, LrSchedule.cosine: {"min"}}.get(lr.schedule, set())
-    for name in ("min", "decay_tokens", "decay_shape"):
+    for name, schedules in SCHEDULES_THAT_READ.items():
         value = getattr(lr, name)
-        if name in wanted and value is None:
-            yield f"lr.schedule={lr.schedule.value} needs lr.{name}, it is null. Set it, or choose another group, e.g. lr=constant."
-        if name not in wanted and value is not None:
-            users = "lr=wsd" if name != "min" else "lr=wsd or lr=cosine"
-            text = getattr(value, "value", value)
+        if lr.schedule in schedules and value is None:
+            others = " or ".join(f"lr={schedule.value}" for schedule in LrSchedule if schedule not in schedules)
             yield (
-                f"lr.{name}={text} has no effect with lr.schedule={lr.schedule.value}. "
-                f"Set lr.{name}=null, or choose the group {users}."
+                f"lr.{name} is null, but lr.schedule={lr.schedule.value} needs it. "
+                f"Set it, or choose another group: {others}."
+            )
+        if lr.schedule not in schedules and value is not None:
+            users = " or ".join(f"lr={schedule.value}" for schedule in schedules)
+            yield (
+                f"lr.{name}={getattr(value, 'value', value)} has no effect with lr.schedule={lr.schedule.value}. "
+                f"Set lr.{name}=null, or choose another group: {users}."
             )
 
 
@@ -141,7 +148,7 @@ def phases_weigh_known_sources_once(config: RunConfig, world_size: int) -> Itera
             yield f"{key}: every weight is 0. Give one source a weight above 0."
         for name in drawn:
             if name in sources and not sources[name].prefixes:
-                yield f"{key} draws from {name!r}, whose data.sources[].prefixes is empty. List its shards or set weight 0."
+                yield f"{key} draws from {name!r}, which has no prefixes in data.sources. List some, or set weight 0."
 
 
 def every_source_is_used(config: RunConfig, world_size: int) -> Iterator[str]:

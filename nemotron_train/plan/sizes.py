@@ -1,7 +1,8 @@
 """How large is the model: parameters and FLOPs by layer kind, in closed form.
 
-Nothing is approximated: norms, biases and the small vectors of a Mamba mixer are counted. FLOPs are model FLOPs: the matrix
-products, causal attention at half of its square, and the chunked SSD scan; what recomputation repeats is not counted.
+Nothing is approximated: norms, biases and the small vectors of a Mamba mixer are counted. FLOPs are model FLOPs: the
+matrix products, causal attention at half of its square, and the chunked SSD scan; what recomputation repeats is not
+counted.
 """
 
 from dataclasses import dataclass
@@ -94,8 +95,10 @@ def mlp_parameters(model: ModelSection) -> int:
 
 
 def mamba_forward_flops(model: ModelSection) -> int:
-    """Count projections and scan. Per token the scan attends within its SSD chunk (C·B, causal, then times x), and writes to
-    and reads from a state of `mamba_state_dim x mamba_head_dim` for every head.
+    """Count projections and scan.
+
+    Per token the scan attends within its SSD chunk (C times B, causal, then times x), and writes to and reads from a
+    state of `mamba_state_dim x mamba_head_dim` in every head.
 
     Source: Mamba-2, arXiv 2405.21060, section 6.
     """

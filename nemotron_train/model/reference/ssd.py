@@ -4,8 +4,8 @@ Both are written to be read, not to be fast; autograd gives their gradients. The
 
 Source: Mamba-2, arXiv 2405.21060: the recurrence in section 2.1, the chunks in section 6.
 
-Shapes: B micro-batch, S sequence, H heads, P head dim, G groups of heads that share B and C, N state dim, K chunks, L tokens of a
-chunk. A, B, C, D and dt are also the paper's names.
+Shapes: B micro-batch, S sequence, H heads, P head dim, G groups of heads that share B and C, N state dim, K chunks, L
+tokens of a chunk. A, B, C, D and dt are also the paper's names.
 """
 
 import torch
@@ -40,9 +40,10 @@ def ssd_chunked(
 ) -> Tensor:
     """Compute the same in chunks: matrix products inside a chunk, the recurrence only from chunk to chunk.
 
-    The whole map from x to y is one lower-triangular matrix per head, with entries C_l . B_s exp(sum of dt A over s < t <= l) dt_s.
-    Its blocks on the diagonal are formed as they stand; each block below it is a product of three factors: what the chunk of s writes
-    to the state, the decay of the chunks between, and what the chunk of l reads from the state.
+    The whole map from x to y is one lower-triangular matrix per head, with entries C_l . B_s exp(sum of dt A over s <
+    t <= l) dt_s. Its blocks on the diagonal are formed as they stand; each block below it is a product of three
+    factors: what the chunk of s writes to the state, the decay of the chunks between, and what the chunk of l reads
+    from the state.
     """
     seq_length = x_BSHP.shape[1]
     x, dt, A, B_BSHN, C_BSHN, D = _in_state_dtype(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H)

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Sets up, prepares text that every machine has, trains a small hybrid model on it and shows what it learned.
+#
+#   bash launch/quickstart.sh                                      two CPU ranks, or all GPUs
+#   bash launch/quickstart.sh parallel.tensor_parallel_size=2      any key of the configuration can be changed
+#   RANKS=4 bash launch/quickstart.sh                              another number of ranks
+#
+# Run again, it goes on from where it was stopped; what is complete is not done twice.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/setup.sh
+source launch/setup.sh
+
+data=runs/quickstart-data
+vocab_size=2048 # model.vocab_size of recipes/model/quickstart.yaml
+sources=(code tests prose)
+
+run_dir=runs/quickstart
+for argument in "$@"; do
+    case "$argument" in
+        run.name=*) run_dir="runs/${argument#*=}" ;;
+    esac
+done
+for argument in "$@"; do
+    case "$argument" in
+        run.dir=*) run_dir="${argument#*=}" ;;
+    esac
+done
+
+# once NAME COMMAND...: runs the command unless it was completed before.
+once() {
+    local stamp="$data/complete/$1"
+    shift
+    [ ! -e "$stamp" ] || return 0
+    "$@"
+    touch "$stamp"
+}
+
+prepare_data() {
+    local settings="vocab_size=$vocab_size"
+    if [ "$(cat "$data/settings.txt" 2>/dev/null)" != "$settings" ]; then # nothing there, or made for another vocabulary
+        rm -rf "${data:?}"/{complete,text,tokenizer.json,heldout} "${sources[@]/#/$data/}"
+        mkdir -p "$data"
+        printf '%s\n' "$settings" >"$data/settings.txt"
+    fi
+    mkdir -p "$data/complete"
+    local source
+    once text "$python" -m data_tools stdlib-corpus --output "$data/text"
+    once tokenizer "$python" -m data_tools train-tokenizer --vocab-size "$vocab_size" \
+        --input "$data"/text/train/{code,tests,prose}.jsonl --output "$data/tokenizer.json"
+    for source in "${sources[@]}"; do
+        once "$source" "$python" -m data_tools tokenize --tokenizer "$data/tokenizer.json" --source "$source" \
+            --input "$data/text/train/$source.jsonl" --output "$data/$source"
+        once "heldout-$source" "$python" -m data_tools tokenize --tokenizer "$data/tokenizer.json" --source "$source" \
+            --input "$data/text/heldout/$source.jsonl" --output "$data/heldout" --workers 1
+    done
+}
+
+count_ranks() {
+    local gpus=0
+    if [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; then
+        gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+    fi
+    echo "${RANKS:-$((gpus > 0 ? gpus : 2))}"
+}
+
+# Runs a command as a job of its own and passes signals on: Ctrl-C reaches it once, and it never outlives this script's
+# SIGTERM. Leaves the command's exit code in `code`.
+run_job() {
+    local signalled=yes
+    set -m
+    "$@" </dev/null &
+    local job=$!
+    set +m
+    trap 'signalled=yes; kill -INT "$job" 2>/dev/null || true' INT
+    trap 'signalled=yes; kill -TERM "$job" 2>/dev/null || true' TERM HUP
+    while [ "$signalled" = yes ]; do
+        signalled=no
+        code=0
+        wait "$job" || code=$?
+    done
+    trap - INT TERM HUP
+}
+
+train() {
+    local ranks finished="$run_dir/quickstart_finished.txt"
+    if [ -e "$finished" ] && [ "$(cat "$finished")" = "$*" ]; then
+        say "The run in $run_dir is finished"
+        return
+    fi
+    ranks="$(count_ranks)"
+    say "Training in $run_dir on $ranks ranks"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    run_job "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+        -m nemotron_train.train experiment=quickstart "$@"
+    if [ "$code" != 0 ]; then
+        say "Stopped (exit code $code). The same command goes on from the last checkpoint in $run_dir"
+        exit "$code"
+    fi
+    printf '%s\n' "$*" >"$finished"
+}
+
+SECONDS=0
+prepare_data
+say "Data in $data is ready (${SECONDS} s)"
+train "$@"
+"$python" -m nemotron_train.report "$run_dir"
+say "To start over: rm -r $run_dir (the data in $data stays), then the same command"

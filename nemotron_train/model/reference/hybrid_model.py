@@ -1,0 +1,61 @@
+"""What is the whole hybrid model? Embedding, a pre-norm residual layer for each letter of the pattern, final norm, head.
+
+Parameter names and shapes are those of Megatron-Core 0.16's hybrid model with Transformer Engine layers on one rank.
+
+Shapes: B micro-batch, S sequence, D hidden, V vocabulary.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nemotron_train.model.reference.attention import CausalSelfAttention
+from nemotron_train.model.reference.mamba2_mixer import Mamba2Mixer
+from nemotron_train.model.reference.mlp import SquaredReluMlp
+from nemotron_train.model.reference.norm import RmsNorm
+from nemotron_train.model.reference.sizes import ReferenceSizes
+
+# Letter of the pattern -> the name the layer has in parameter names, and what it is.
+_LAYERS: dict[str, tuple[str, type[nn.Module]]] = {
+    "M": ("mixer", Mamba2Mixer),
+    "*": ("self_attention", CausalSelfAttention),
+    "-": ("mlp", SquaredReluMlp),
+}
+
+
+class HybridModel(nn.Module):
+    def __init__(self, sizes: ReferenceSizes) -> None:
+        super().__init__()
+        self.embedding = nn.Module()
+        self.embedding.word_embeddings = nn.Embedding(sizes.vocab_size, sizes.hidden_size)
+        self.decoder = HybridStack(sizes)
+        self.output_layer = None
+        if not sizes.tied_embeddings:
+            self.output_layer = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Return the logits of the next token, (B S V)."""
+        embeddings: Tensor = self.embedding.word_embeddings.weight
+        x_BSD = self.decoder(functional.embedding(tokens_BS, embeddings))
+        return functional.linear(x_BSD, embeddings if self.output_layer is None else self.output_layer.weight)
+
+    def loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """Return the mean cross-entropy over all tokens, in nats."""
+        return functional.cross_entropy(self(tokens_BS).flatten(0, 1), labels_BS.flatten())
+
+
+class HybridStack(nn.Module):
+    def __init__(self, sizes: ReferenceSizes) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_residual_layer(letter, sizes) for letter in sizes.layer_pattern)
+        self.final_norm = RmsNorm(sizes.hidden_size, sizes.norm_epsilon)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        for layer in self.layers:
+            (inner,) = layer.values()
+            x_BSD = x_BSD + inner(x_BSD)  # each layer begins with its own norm
+        return self.final_norm(x_BSD)
+
+
+def _residual_layer(letter: str, sizes: ReferenceSizes) -> nn.ModuleDict:
+    name, build = _LAYERS[letter]
+    return nn.ModuleDict({name: build(sizes)})

@@ -1,0 +1,84 @@
+"""The cut is the best there is, on patterns small enough to try them all."""
+
+import itertools
+import random
+
+import pytest
+
+from nemotron_train.config.load import load_config
+from nemotron_train.errors import ConfigError
+from nemotron_train.plan.pattern import parse_pattern
+from nemotron_train.plan.pipeline_cut import StageCosts, cut_pipeline, rank_costs
+from nemotron_train.plan.run_plan import plan_run
+from tests.plan.small import plan_of
+
+
+def smallest_largest_rank(costs: StageCosts, pp_size: int, vpp_size: int) -> float:
+    """Try every cut."""
+    num_layers = len(costs.layers)
+    return min(
+        max(rank_costs([range(*pair) for pair in itertools.pairwise((0, *cuts, num_layers))], costs, pp_size))
+        for cuts in itertools.combinations(range(1, num_layers), pp_size * vpp_size - 1)
+    )
+
+
+def random_case(seed: int, num_chunks: int) -> tuple[str, StageCosts]:
+    dice = random.Random(seed)
+    pattern = "".join(dice.choices("M*-", k=dice.randint(num_chunks, 12)))
+    cost_of = {letter: dice.randint(1, 9) for letter in "M*-"}
+    return pattern, StageCosts(tuple(cost_of[letter] for letter in pattern), dice.randint(0, 4), dice.randint(0, 25))
+
+
+@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (3, 1), (4, 1), (2, 2), (2, 3), (3, 2), (4, 2)])
+def test_the_slowest_rank_is_as_fast_as_trying_every_cut(pp_size: int, vpp_size: int) -> None:
+    """Fails if the cut is not optimal, leaves out or repeats a layer, or has an empty chunk."""
+    for seed in range(40):
+        pattern, costs = random_case(seed, pp_size * vpp_size)
+        chunks = cut_pipeline(parse_pattern(pattern), costs, pp_size, vpp_size)
+        assert [layer for chunk in chunks for layer in chunk] == list(range(len(pattern)))
+        assert len(chunks) == pp_size * vpp_size
+        assert all(chunks)
+        assert max(rank_costs(chunks, costs, pp_size)) == smallest_largest_rank(costs, pp_size, vpp_size), pattern
+
+
+def test_rank_costs_add_up_the_chunks_that_a_rank_holds() -> None:
+    """Fails if chunks are dealt to ranks in blocks instead of round robin, or the ends count for the wrong rank."""
+    costs = StageCosts(layers=(1, 10, 100, 1000), first=0.5, last=0.25)
+    chunks = [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]
+    assert rank_costs(chunks, costs, pp_size=2) == [101.5, 1010.25]
+    assert rank_costs(chunks, costs, pp_size=4) == [1.5, 10, 100, 1000.25]
+
+
+def test_bars_in_the_pattern_are_obeyed() -> None:
+    """Fails if a cut by hand is moved to a better place."""
+    plan = plan_of("model.layer_pattern=M|-M*-M-M*-", "parallel=pipeline_2", world_size=2)
+    assert plan.chunks == (range(0, 1), range(1, 10))
+    virtual = ["model.layer_pattern=M|-M*|-M-|M*-", "parallel=pipeline_2", "parallel.virtual_pipeline_size=2"]
+    plan = plan_of(*virtual, "train.micro_batch_size=4", world_size=2)
+    assert plan.chunks_of(0) == (range(0, 1), range(4, 7))
+    assert plan.chunks_of(1) == (range(1, 4), range(7, 10))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pp_size", "vpp_size", "expected"),
+    [
+        ("M|-|M", 2, 1, ["3 pieces", "pipeline_parallel_size=2", "virtual_pipeline_size=1", "Write 1 `|`"]),
+        ("M-M", 2, 2, ["3 layers", "4 pieces", "pipeline_parallel_size=2", "virtual_pipeline_size=2"]),
+    ],
+)
+def test_a_cut_that_cannot_be_is_refused(pattern: str, pp_size: int, vpp_size: int, expected: list[str]) -> None:
+    """Fails if a wrong number of pieces is accepted, or the message hides which keys clash."""
+    layers = pattern.replace("|", "")
+    with pytest.raises(ConfigError) as caught:
+        cut_pipeline(parse_pattern(pattern), StageCosts((1,) * len(layers), 0, 0), pp_size, vpp_size)
+    assert [part for part in expected if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(("pp_size", "vpp_size", "imbalance"), [(2, 1, 0.02), (4, 1, 0.04), (4, 2, 0.03), (4, 5, 0.03)])
+def test_the_12b_is_cut_evenly(pp_size: int, vpp_size: int, imbalance: float) -> None:
+    """Fails if the output layer (a tenth of a quarter of the model) is not counted, or large cuts get worse."""
+    overrides = [f"parallel.pipeline_parallel_size={pp_size}", f"parallel.virtual_pipeline_size={vpp_size}"]
+    batch = ["train=pretrain_8k", "train.train_tokens=1_000_000_000", "train.eval_tokens=8192"]
+    config = load_config(["experiment=quickstart", "model=nemotron_nano_12b_v2", *overrides, *batch])
+    costs = plan_run(config, pp_size).pipeline_costs()
+    assert max(costs) * pp_size / sum(costs) - 1 < imbalance
