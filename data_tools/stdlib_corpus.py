@@ -15,6 +15,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 
@@ -67,16 +68,17 @@ def collect_corpus(roots: Roots, *, max_source_bytes: int) -> Corpus:
 def choose_held_out(found: dict[str, list[Document]]) -> set[str]:
     """Return the paths to hold out: of every source about `HELD_OUT_FRACTION` of the bytes, by a hash of the path.
 
-    A path that an earlier source trains on is trained on in later ones too. None is larger than a quarter of the
-    source's share, so that the held-out text is many documents.
+    A path that an earlier source trains on is trained on in later ones too. Documents larger than a quarter of what
+    is wanted are left to training (unless most are), so that the held-out text is many documents.
     """
     held_out: set[str] = set()
     decided: set[str] = set()
     for documents in found.values():
         wanted = HELD_OUT_FRACTION * _num_bytes(documents)
+        largest = max(wanted / 4, median(document.num_bytes for document in documents)) if documents else 0
         taken = sum(d.num_bytes for d in documents if d.path in held_out)
         for document in sorted(documents, key=lambda d: digest("hold out " + d.path)):
-            free = document.path not in decided and document.num_bytes <= wanted / 4
+            free = document.path not in decided and document.num_bytes <= largest
             if free and taken < wanted:
                 held_out.add(document.path)
                 taken += document.num_bytes

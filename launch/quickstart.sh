@@ -94,7 +94,7 @@ train() {
     run_job "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
         -m nemotron_train.train experiment=quickstart "$@"
     if [ "$code" != 0 ]; then
-        say "Stopped (exit code $code). The same command goes on from the last checkpoint in $run_dir"
+        say "Training ended early (exit code $code). The same command goes on from the last checkpoint in $run_dir, if any"
         exit "$code"
     fi
     printf '%s\n' "$*" >"$finished"

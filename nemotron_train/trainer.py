@@ -26,7 +26,7 @@ from nemotron_train.observe.jsonl_writer import read_records
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
 from nemotron_train.ops.implementations import operations
-from nemotron_train.optim.weight_decay import has_weight_decay
+from nemotron_train.optim.parameter_groups import VECTOR_GROUPS
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.platform.device import Platform
 from nemotron_train.platform.signals import StopRequest
@@ -43,7 +43,7 @@ def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
     transformer_config = build_transformer_config(config, len(plan.layers), ops)
     chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
     wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)
-    optimizer = build_optimizer(build_optimizer_config(config), wrapped, has_weight_decay)
+    optimizer = build_optimizer(build_optimizer_config(config), wrapped, VECTOR_GROUPS)
     return Runtime(plan=plan, platform=platform, groups=groups, chunks=wrapped, optimizer=optimizer)
 
 

@@ -4,8 +4,8 @@ The map is a table from the pattern and the sizes: each of our names stands besi
 `linear_qkv`, whose rows Hugging Face keeps as three tensors. Both directions read the same table, and a name that is
 missing or left over is an error.
 
-What a Hugging Face configuration must say beside the sizes for the two models to compute the same: `time_step_min: 0`
-(transformers clamps dt from below at `time_step_min` in its forward pass, Megatron-Core does not).
+For the two models to compute the same, a Hugging Face configuration must say `time_step_min: 1e-30` beside the sizes:
+transformers clamps dt from below at `time_step_min` in its forward pass, Megatron-Core does not.
 """
 
 from collections.abc import Mapping, Set

@@ -1,14 +1,16 @@
 """Megatron-Core's distributed optimizer: building it, setting its rates, and taking a step that skips non-finite gradients."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from nemotron_train.engine.wrap import ModelChunk
 
 
 Optimizer = MegatronOptimizer  # the name the rest of the house uses
@@ -20,23 +22,24 @@ class OptimizerStep:
     grad_norm: float  # L2 norm over the whole model, before clipping
 
 
-def build_optimizer(
-    config: OptimizerConfig, chunks: Sequence[DistributedDataParallel], has_weight_decay: Callable[[str], bool]
-) -> Optimizer:
-    """Build AdamW on sharded float32 master weights.
+class GroupOfParameters(Protocol):
+    """A parameter group by name; `optim/parameter_groups.py` defines them."""
 
-    Args:
-        has_weight_decay: from a parameter's name; see `optim/weight_decay.py`.
-    """
-    no_decay = ParamKey(
-        with_name_predicate=ParamWithNamePredicate(name="no_weight_decay", fn=lambda parameter, name: not has_weight_decay(name))
-    )
-    return get_megatron_optimizer(
-        config,
-        list(chunks),
-        config_overrides={no_decay: ParamGroupOverride(wd_mult=0.0)},
-        use_gloo_process_groups=False,
-    )
+    name: str
+    decay_factor: float
+
+    def holds(self, name: str, /) -> bool: ...
+
+
+def build_optimizer(config: OptimizerConfig, chunks: Sequence[ModelChunk], groups: Sequence[GroupOfParameters]) -> Optimizer:
+    """Build AdamW on sharded float32 master weights. Parameters in none of `groups` form the default group."""
+    overrides = {
+        ParamKey(
+            with_name_predicate=ParamWithNamePredicate(name=group.name, fn=lambda parameter, name, group=group: group.holds(name))
+        ): ParamGroupOverride(wd_mult=group.decay_factor, group_name=group.name)
+        for group in groups
+    }
+    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def set_rates(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:

@@ -26,6 +26,7 @@ class ParameterRule:
     split_dim: int | None  # the dimension split over tensor-parallel ranks; None: every rank has the whole
     decays: bool  # whether weight decay applies
     start: Start
+    float32: bool = False  # kept in float32 whatever the precision: acts through an exponential, or is tiny
     parts: str = ""  # rows that are several matrices one under the other, each split by itself: letters of `part_rows`
 
 
@@ -37,9 +38,9 @@ _RULES: dict[str, ParameterRule] = {
     "mixer.in_proj.weight": ParameterRule(0, True, Start.normal, parts="zxBCd"),
     "mixer.conv1d.weight": ParameterRule(0, True, Start.conv, parts="xBC"),
     "mixer.conv1d.bias": ParameterRule(0, False, Start.conv, parts="xBC"),
-    "mixer.dt_bias": ParameterRule(0, False, Start.dt_bias),
-    "mixer.A_log": ParameterRule(0, False, Start.a_log),
-    "mixer.D": ParameterRule(0, False, Start.ones),
+    "mixer.dt_bias": ParameterRule(0, False, Start.dt_bias, float32=True),
+    "mixer.A_log": ParameterRule(0, False, Start.a_log, float32=True),
+    "mixer.D": ParameterRule(0, False, Start.ones, float32=True),
     "mixer.norm.weight": ParameterRule(0, False, Start.ones),
     "mixer.out_proj.weight": ParameterRule(1, True, Start.residual),
     "self_attention.linear_qkv.weight": ParameterRule(0, True, Start.normal),

@@ -18,8 +18,7 @@ _BLOCK_NUMBERS = 1 << 16  # numbers of a block of the backward pass: a few such 
 def causal_conv_silu(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
     """Return silu(bias + sum over k of weight[:, k] * x of the token K-1-k earlier), in x's dtype.
 
-    Before the start x is 0.
-    Sums are float32 whatever the inputs are (float64 for float64 inputs).
+    Before the start x is 0. Sums are float32 whatever the inputs are (float64 for float64 inputs).
     """
     return _CausalConvSilu.apply(x_BSC, weight_CK, bias_C)
 

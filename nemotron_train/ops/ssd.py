@@ -89,8 +89,8 @@ class _Chunked(NamedTuple):
 def _decay(log_decay: Tensor) -> Tensor:
     """Return exp(log_decay) within [exp(-40), 1].
 
-    Beside terms of order one exp(-40) = 4e-18 is nothing even in float64. Smaller decays would only bring denormal numbers,
-    over which processors are slow: a fast-forgetting head can make the matrix products take five times as long.
+    Beside terms of order one exp(-40) = 4e-18 is nothing even in float64. Smaller decays would only bring denormal
+    numbers, over which processors are slow: fast-forgetting heads made the matrix products take five times as long.
     """
     return log_decay.clamp(-40.0, 0.0).exp_()
 
@@ -122,7 +122,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The scan over whole chunks. Kept for the backward pass: the inputs, what was read of the past, a state a chunk."""
+    """The scan over whole chunks. Kept for the backward: the inputs, what was read of the past, a state a chunk."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Writes the golden files of `test_golden.py` again: `python -m tests.config.regenerate_golden`, then review the difference."""
+"""Writes the golden files of `test_golden.py` again: `python -m tests.config.regenerate_golden`, then review them."""
 
 from nemotron_train.config.load import list_choices, load_config, write_resolved
 from tests.config.test_golden import GOLDEN

@@ -1,4 +1,4 @@
-"""Every experiment composes, plans, and says what its golden file says: a change of a recipe shows in review, resolved."""
+"""Every experiment composes and says what its golden file says, so that a changed recipe shows in review, resolved."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ REGENERATE = "python -m tests.config.regenerate_golden"
 
 @pytest.mark.parametrize("experiment", list_choices("experiment"))
 def test_experiment_resolves_to_its_golden_file(experiment: str, tmp_path: Path) -> None:
-    """Fails if any value of an experiment changes; if that was meant, write the golden files again and review the difference."""
+    """Fails if any value of an experiment changes; if that was meant, write the golden files again and review."""
     write_resolved(load_config([f"experiment={experiment}"]), tmp_path / "resolved.yaml")
     golden = GOLDEN / f"{experiment}.yaml"
     assert golden.exists(), f"run {REGENERATE}"

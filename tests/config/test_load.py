@@ -33,8 +33,14 @@ def error_of(*overrides: str) -> str:
 def test_values_arrive_typed_and_frozen() -> None:
     """Fails if an override is lost, a list or enum stays a plain YAML value, or a section can be written to."""
     config = load_config(
-        [QUICKSTART, "lr.decay_shape=linear", "train.train_tokens=5_000_000", "log.wandb=off", "optim.clip_grad_norm=2",
-         "train.batch_schedule=[{start_tokens: 1000, global_batch_size: 32}]"]
+        [
+            QUICKSTART,
+            "lr.decay_shape=linear",
+            "train.train_tokens=5_000_000",
+            "log.wandb=off",
+            "optim.clip_grad_norm=2",
+            "train.batch_schedule=[{start_tokens: 1000, global_batch_size: 32}]",
+        ]
     )
     assert config.lr.decay_shape is DecayShape.linear
     assert config.log.wandb is WandbMode.off
@@ -152,7 +158,13 @@ def test_without_an_experiment_the_error_lists_them(arguments: list[str]) -> Non
 
 def test_resolved_yaml_reads_back_as_the_same_configuration(tmp_path: Path) -> None:
     """Fails if writing loses a value, changes a type, or leaves a temporary file."""
-    overrides = ["model.layer_pattern=*-M|M", "run.name=12", "lr.peak=1e-05", "optim.adam_epsilon=1e-15", "log.wandb=off"]
+    overrides = [
+        "model.layer_pattern=*-M|M",
+        "run.name=12",
+        "lr.peak=1e-05",
+        "optim.adam_epsilon=1e-15",
+        "log.wandb=off",
+    ]
     config = load_config([QUICKSTART, *overrides])
     path = tmp_path / "run" / "resolved.yaml"
     write_resolved(config, path)
@@ -174,7 +186,13 @@ def test_the_fingerprint_changes_with_every_value_and_with_nothing_else() -> Non
     """Fails if two different configurations look the same to the ranks, or one looks different twice."""
     base = fingerprint(load_config([QUICKSTART]))
     assert fingerprint(load_config([QUICKSTART])) == base
-    changes = ("run.seed=1", "lr.peak=2.9e-3", "lr.decay_shape=linear", "data.phases.1.start_tokens=5", "lr.decay_tokens=null")
+    changes = (
+        "run.seed=1",
+        "lr.peak=2.9e-3",
+        "lr.decay_shape=linear",
+        "data.phases.1.start_tokens=5",
+        "lr.decay_tokens=null",
+    )
     assert len({base, *(fingerprint(load_config([QUICKSTART, change])) for change in changes)}) == len(changes) + 1
 
 
@@ -207,6 +225,7 @@ def test_the_keys_listing_has_comments_types_and_defaults() -> None:
 
 def test_recipes_travel_with_an_installed_package(tmp_path: Path) -> None:
     """Fails if the YAML files are not package data, or are looked for next to the working directory."""
+    pytest.importorskip("setuptools", minversion="77")  # what pyproject.toml asks of a build
     root = Path(__file__).parents[2]
     build = (
         "import setuptools, sys; sys.argv = ['setup.py', '-q', 'build', '--build-base', sys.argv[1] + '/base', "
@@ -215,8 +234,12 @@ def test_recipes_travel_with_an_installed_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=root, check=True, capture_output=True)
     compose = "import recipes; from nemotron_train.plan.__main__ import main; print(recipes.__file__); main(['%s'])"
     result = subprocess.run(
-        [sys.executable, "-P", "-c", compose % QUICKSTART],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", compose % QUICKSTART],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert str(tmp_path) in result.stdout
     assert "2,048" in result.stdout

@@ -1,6 +1,7 @@
 """Oracles: counting every token a plan uses; plans that differ only in their future or in what must not matter."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ PHASES = [
 
 
 def stream_positions(plan: BlendPlan, name: str, samples: int) -> list[tuple[SampleLocation, list[int]]]:
-    """Return location and token positions (label of the last token left out) of a source's samples among the first ones."""
+    """Return where each of a source's samples lies, and the positions of its S + 1 tokens in the stream."""
     number = plan.source_names.index(name)
     found = []
     for location in map(plan.locate, range(samples)):
@@ -68,7 +69,7 @@ def test_the_last_token_of_a_sample_is_the_first_of_the_window_after_it() -> Non
     for name, size in SOURCES.items():
         for location, tokens in stream_positions(plan, name, 2000):
             assert len(tokens) == S + 1
-            steps = [(after - before) % size for before, after in zip(tokens, tokens[1:], strict=False)]
+            steps = [(after - before) % size for before, after in pairwise(tokens)]
             jumps = [number for number, step in enumerate(steps, start=1) if step != 1]
             assert jumps in ([], [location.spans[0].count])  # only where one epoch ends and the next starts
             crossing += len(location.spans) == 2
@@ -76,7 +77,7 @@ def test_the_last_token_of_a_sample_is_the_first_of_the_window_after_it() -> Non
 
 
 def test_packing_differs_from_epoch_to_epoch() -> None:
-    """Fails if windows are cut at the same tokens in every epoch, as 640 tokens in windows of 16 would be by themselves."""
+    """Fails if windows are cut at the same tokens in every epoch, as 640 tokens in windows of 16 would be."""
     plan = BlendPlan([Phase(0, S, {"code": 1.0})], SOURCES, seed=3)
     cuts = {plan.locate(sample).start_token % S for sample in range(0, 40 * 12, 40)}
     assert len(cuts) > 4
@@ -156,7 +157,7 @@ def test_phases_begin_at_the_first_sample_at_or_after_their_start() -> None:
 
 
 def test_another_seq_length_starts_a_new_epoch() -> None:
-    """Fails if windows of two lengths overlap within an epoch, or tokens and samples are no longer each other's inverse."""
+    """Fails if windows of two lengths share an epoch, or tokens and samples are no longer each other's inverse."""
     plan = BlendPlan([Phase(0, S, {"web": 1.0}), Phase(320, 4 * S, {"web": 1.0, "code": 1.0})], SOURCES, seed=3)
     web = [location for location in map(plan.locate, range(60)) if location.source == 0]
     assert [location.epoch for location in web[:21]] == [0] * 20 + [1]
@@ -191,7 +192,7 @@ def test_epochs_are_the_tokens_drawn_over_the_tokens_there_are() -> None:
 
 
 def test_a_plan_of_twenty_trillion_tokens_is_found_at_once_and_stays_exact() -> None:
-    """Fails if large numbers lose precision: the last samples of such a run still have neighbours of consecutive ranks."""
+    """Fails if large numbers lose precision: two of the last samples would be the same window."""
     sources = {f"s{number:02d}": 10**11 + number * 7_777_777_777 for number in range(60)}
     weights = {name: float(1 + number % 7) for number, name in enumerate(sources)}
     plan = BlendPlan([Phase(0, 8192, weights), Phase(15 * 10**12, 8192, dict.fromkeys(sources, 1.0))], sources, seed=1)

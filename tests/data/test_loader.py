@@ -104,7 +104,7 @@ def test_future_phases_do_not_change_past_bytes(reader: SampleReader) -> None:
 
 
 def test_samples_are_windows_of_the_written_tokens(reader: SampleReader) -> None:
-    """Fails if a window is read from the wrong shard or wrong place, e.g. across the end of a shard or of the source."""
+    """Fails if a window is read from the wrong place, e.g. across the end of a shard or of the source."""
     sizes, firsts = (1003, 517), (0, 10_000)
     for sample in range(600):
         number, tokens = reader.read(sample)
@@ -197,7 +197,7 @@ def test_a_change_of_length_within_a_micro_batch_is_refused(reader: SampleReader
 def test_held_out_windows_are_the_same_whoever_reads_them(
     reader: SampleReader, dp_size: int, micro_batch_size: int
 ) -> None:
-    """Fails if a window is lost, doubled or counted as padding for some number of ranks, or ranks differ in micro-batches."""
+    """Fails if a window is lost, doubled or taken for padding, or ranks differ in their number of micro-batches."""
     web, code = reader._sources
     shares = [RankShare(rank, dp_size, micro_batch_size) for rank in range(dp_size)]
     ranks = [list(heldout_batches([web, None, code], 10 * S + 3, S, share)) for share in shares]

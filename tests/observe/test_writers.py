@@ -74,7 +74,7 @@ def test_an_offline_run_is_one_wandb_run_over_restarts(tmp_path: Path, monkeypat
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     # In a process of its own: wandb's service writes the file until the process that started it ends.
-    subprocess.run([sys.executable, "-c", LOG_TWICE, str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-c", LOG_TWICE, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
     run_id = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert {file.name for file in files} == {f"run-{run_id}.wandb"}

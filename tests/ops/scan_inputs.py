@@ -9,7 +9,7 @@ from torch import Tensor
 def random_scan_inputs(
     *, seq_length: int, groups: int, heads: int = 4, dtype: torch.dtype, decay: float = 1.0, seed: int = 0
 ) -> list[Tensor]:
-    """Return x, dt, A, B, C, D for a micro-batch of 2, head dim 5 and state dim 3 (all different, so that none can stand for another)."""
+    """Return x, dt, A, B, C, D for a micro-batch of 2, head dim 5 and state dim 3: no size can stand for another."""
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(2, seq_length, heads, 5, generator=random, dtype=torch.float64)
     dt = torch.rand(2, seq_length, heads, generator=random, dtype=torch.float64) + 0.01

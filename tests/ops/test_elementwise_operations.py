@@ -72,7 +72,7 @@ def test_squared_relu() -> None:
 
 
 def test_bfloat16_is_rounded_once() -> None:
-    """Fails if bfloat16 is used inside: each result is within half a unit in the last place (2^-8) of the float64 one."""
+    """Fails if bfloat16 is used inside: results are within a unit in the last place (2^-7) of float64's."""
     conv = [random(2, 40, 6), random(6, 4, seed=1), random(6, seed=2)]
     norm = [random(3, 5, 12), random(3, 5, 12, seed=1), random(12, seed=2)]
     for ours, plain, inputs in (
@@ -102,5 +102,5 @@ def test_views_of_wider_tensors_are_read_in_order() -> None:
 
 def test_an_unknown_implementation_is_refused_with_the_known_names() -> None:
     """Fails if a typing error falls back to another implementation."""
-    with pytest.raises(ConfigError, match="'troch'.*torch"):
+    with pytest.raises(ConfigError, match=r"'troch'.*torch"):
         operations("troch")

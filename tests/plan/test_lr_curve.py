@@ -34,9 +34,23 @@ def megatron_core_rate(lr: LrSection, consumed: int) -> float:
 @pytest.mark.parametrize("lr", CURVES, ids=lambda lr: f"{lr.schedule.value}-{lr.decay_shape}-{lr.warmup_tokens}")
 def test_the_curve_is_megatron_cores(lr: LrSection) -> None:
     """Fails if any point of the curve, its corners and what lies past its end included, differs."""
-    corners = {0, 1, WARMUP - 1, WARMUP, WARMUP + 1, TRAIN - DECAY, TRAIN - DECAY + 1, TRAIN - 1, TRAIN, TRAIN + 1, 2 * TRAIN}
+    corners = {
+        0,
+        1,
+        WARMUP - 1,
+        WARMUP,
+        WARMUP + 1,
+        TRAIN - DECAY,
+        TRAIN - DECAY + 1,
+        TRAIN - 1,
+        TRAIN,
+        TRAIN + 1,
+        2 * TRAIN,
+    }
     for consumed in sorted(corners | set(range(0, TRAIN, 97))):
-        assert learning_rate(lr, TRAIN, consumed) == pytest.approx(megatron_core_rate(lr, consumed), rel=1e-12), consumed
+        assert learning_rate(lr, TRAIN, consumed) == pytest.approx(megatron_core_rate(lr, consumed), rel=1e-12), (
+            consumed
+        )
 
 
 @pytest.mark.parametrize(
@@ -45,6 +59,8 @@ def test_the_curve_is_megatron_cores(lr: LrSection) -> None:
 )
 def test_wsd_warms_up_holds_and_decays_in_its_shape(shape: str, half_way: float) -> None:
     """Fails if a shape is another one, or the decay does not end at train_tokens with lr.min."""
-    lr = LrSection(LrSchedule.wsd, peak=1.0, min=0.2, warmup_tokens=100, decay_tokens=400, decay_shape=DecayShape(shape))
+    lr = LrSection(
+        LrSchedule.wsd, peak=1.0, min=0.2, warmup_tokens=100, decay_tokens=400, decay_shape=DecayShape(shape)
+    )
     points = {0: 0.0, 50: 0.5, 100: 1.0, 600: 1.0, 800: 0.2 + 0.8 * half_way, 1000: 0.2, 5000: 0.2}
     assert {tokens: learning_rate(lr, 1000, tokens) for tokens in points} == pytest.approx(points)

@@ -34,10 +34,9 @@ def test_published_models_have_their_published_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nemotron_nano_9b_v2", "nemotron_h_56b", "quickstart"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_those_of_hugging_face_nemotron_h(name: str, tied: bool) -> None:
+def test_parameters_are_those_of_hugging_face_nemotron_h(name: str) -> None:
     """Fails if any one tensor is missing or has another shape: counted layer by layer on the meta device."""
-    plan = plan_of(f"model={name}", f"model.tied_embeddings={str(tied).lower()}", "model.mamba_conv_kernel=3")
+    plan = plan_of(f"model={name}", "model.mamba_conv_kernel=3")
     model = plan.config.model
     with torch.device("meta"):
         theirs = NemotronHForCausalLM(
@@ -47,10 +46,9 @@ def test_parameters_are_those_of_hugging_face_nemotron_h(name: str, tied: bool) 
                 num_key_value_heads=model.num_query_groups, head_dim=model.attention_head_dim,
                 mamba_num_heads=model.mamba_num_heads, mamba_head_dim=model.mamba_head_dim,
                 n_groups=model.mamba_num_groups, ssm_state_size=model.mamba_state_dim, conv_kernel=3,
-                vocab_size=model.vocab_size, tie_word_embeddings=tied,
+                vocab_size=model.vocab_size,
             )
         )  # fmt: skip
-    theirs.tie_weights()
 
     def count(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -60,11 +58,22 @@ def test_parameters_are_those_of_hugging_face_nemotron_h(name: str, tied: bool) 
     assert count_model(model, parse_pattern("M*-"), 8).parameters == count(theirs)
 
 
+def test_a_tied_head_has_no_weights_of_its_own_and_the_same_flops() -> None:
+    """Fails if tying does not save exactly the head's weights, or is taken to save its product."""
+    untied, tied = sizes_of("quickstart"), sizes_of("quickstart", "model.tied_embeddings=true")
+    assert untied.parameters - tied.parameters == 2048 * 160
+    assert untied.flops_per_token == tied.flops_per_token
+
+
 def test_flops_of_the_12b_are_those_of_its_weights_attention_and_scan() -> None:
     """Fails if a term is lost. Written out from the shapes: 6 FLOPs a weight that multiplies, half of the attention
     square, and within a chunk the two products of the scan, plus writing and reading the state."""
     seq_length = 8192
-    mamba, attention, mlp = 5120 * (20480 + 2048 + 128) + 10240 * 5120, 5120 * (56 * 128) + 5120 * 5120, 2 * 5120 * 20480
+    mamba, attention, mlp = (
+        5120 * (20480 + 2048 + 128) + 10240 * 5120,
+        5120 * (56 * 128) + 5120 * 5120,
+        2 * 5120 * 20480,
+    )
     weights = 28 * mamba + 6 * attention + 28 * mlp + 131072 * 5120
     square = 6 * 3 * (2 * 2 * seq_length * 40 * 128) / 2
     scan = 28 * 3 * (128 * 128 * 8 + 128 * 80 * 128 + 4 * 128 * 80 * 128)
@@ -73,10 +82,11 @@ def test_flops_of_the_12b_are_those_of_its_weights_attention_and_scan() -> None:
 
 
 def test_flops_count_every_matrix_product_of_torch() -> None:
-    """Fails if a projection is forgotten: FlopCounterMode counts what torch multiplies in an MLP and attention layer."""
-    model = ModelSection(layer_pattern="*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-                         attention_head_dim=8, mamba_num_heads=4, mamba_head_dim=16, mamba_num_groups=2,
-                         mamba_state_dim=8, vocab_size=64)  # fmt: skip
+    """Fails if a projection is forgotten: torch counts what it multiplies in an attention and an MLP layer."""
+    model = ModelSection(
+        layer_pattern="*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
+        attention_head_dim=8, mamba_num_heads=4, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=8, vocab_size=64,
+    )  # fmt: skip
     seq_length = 16
     x = torch.randn(seq_length, 32)
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,6 @@
-"""What does the attention layer compute? Causal grouped-query attention without position embedding: the Mamba layers give the order.
+"""What does the attention layer compute? Causal grouped-query attention.
+
+There is no position embedding: the Mamba layers give the order.
 
 Shapes: B micro-batch, S sequence, D hidden, G query groups (key/value heads), Q query heads of a group, P head dim; s
 the token that looks, t the token looked at.

@@ -1,4 +1,4 @@
-"""What is the whole hybrid model? Embedding, a pre-norm residual layer for each letter of the pattern, final norm, head.
+"""What is the whole hybrid model? Embedding, a pre-norm residual layer for each letter of its pattern, norm, head.
 
 Parameter names and shapes are those of Megatron-Core 0.16's hybrid model with Transformer Engine layers on one rank.
 

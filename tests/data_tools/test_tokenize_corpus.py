@@ -1,0 +1,268 @@
+"""Oracle: the `tokenizers` library, document by document; the files of a run with other workers; an interrupted process."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+import zstandard
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from data_tools.__main__ import main
+from data_tools.documents import DocumentStream, find_files
+from data_tools.source_record import TokenizeSettings
+from data_tools.tokenize_corpus import BATCH_CHARACTERS, tokenize
+from nemotron_train.data.shard import Shard
+from nemotron_train.errors import ConfigError, DataError
+
+EOD = "<|endoftext|>"
+WORDS = ["train", "tokens", "für", "数据", "\n", "  indented", "x=1;", "🙂", "Mamba-2", "déjà vu", "\t", "12345"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE whose file carries truncation and padding, as many published ones do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[EOD, "<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(200), trainer)
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=32)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of very different lengths, some of them equal, one of them empty."""
+    source = random.Random(seed)
+    made = [" ".join(source.choices(WORDS, k=int(source.expovariate(0.02)))) for _ in range(count)]
+    made[3:5] = ["", made[2]]
+    return made
+
+
+def write_jsonl(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+def documents_in(folder: Path, shards: list[str]) -> list[tuple[int, ...]]:
+    found = []
+    for name in shards:
+        shard = Shard(folder / name)
+        stream = shard.read(0, shard.num_tokens)
+        found += [tuple(document.tolist()) for document in np.split(stream, shard.document_ends())[:-1]]
+    return found
+
+
+def expected_ids(tokenizer_path: Path, documents: list[str]) -> list[tuple[int, ...]]:
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [(*tokenizer.encode(text).ids, tokenizer.token_to_id(EOD)) for text in documents if text]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_shards_hold_what_the_tokenizers_library_gives_document_by_document(
+    tmp_path: Path, tokenizer_path: Path
+) -> None:
+    """Fails if a document is cut, padded, lost, doubled, split over shards, or not ended by the end-of-document token."""
+    documents = texts(300)
+    settings = TokenizeSettings("web", tokenizer_path, shard_tokens=4000)
+    made = tokenize([write_jsonl(tmp_path / "web.jsonl", documents)], tmp_path / "out", settings, num_workers=1)
+    found, expected = documents_in(tmp_path / "out", made.shards), expected_ids(tokenizer_path, documents)
+    assert Counter(found) == Counter(expected)
+    assert (made.documents, made.tokens) == (len(expected), sum(map(len, expected)))
+    assert len(made.shards) > 3
+    assert found != expected  # documents are shuffled within a shard ...
+    first = Shard(tmp_path / "out" / made.shards[0])
+    assert Counter(found[: first.num_documents]) == Counter(expected[: first.num_documents])  # ... and only there
+    assert 4000 <= first.num_tokens < 4000 + max(map(len, expected))
+
+
+def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if results are collected as they come in, or batches influence where a shard ends."""
+    documents = texts(300) * 40
+    source = write_jsonl(tmp_path / "web.jsonl", documents)
+    assert source.stat().st_size > 4 * BATCH_CHARACTERS  # several batches for each worker
+    settings = TokenizeSettings("web", tokenizer_path, shard_tokens=200_000)
+    for workers in (1, 3):
+        tokenize([source], tmp_path / str(workers), settings, workers)
+    assert len(files_of(tmp_path / "1")) > 5
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+
+
+def test_another_seed_is_another_order_of_the_same_documents(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if --seed has no effect, or changes more than the order."""
+    source = write_jsonl(tmp_path / "web.jsonl", texts(100))
+    found = []
+    for seed in (0, 1):
+        made = tokenize([source], tmp_path / str(seed), TokenizeSettings("web", tokenizer_path, seed=seed), 1)
+        found.append(documents_in(tmp_path / str(seed), made.shards))
+    assert found[0] != found[1]
+    assert Counter(found[0]) == Counter(found[1])
+
+
+def test_every_input_format_gives_the_same_documents(tmp_path: Path) -> None:
+    """Fails if a format loses, splits or changes a text, e.g. at a line separator within it or between zstd frames."""
+    documents = [text + "\u2028 \x85 end\r\nlast" for text in texts(60)]
+    lines = [json.dumps({"body": text, "id": 1}, ensure_ascii=False).encode() + b"\n" for text in documents]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines).rstrip(b"\n") + b"\n\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    whole = b"".join(lines)
+    frames = (whole[:5000], whole[5000:])
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstandard.compress(frame) for frame in frames))
+    parquet.write_table(pyarrow.table({"n": range(60), "body": documents}), tmp_path / "a.parquet", row_group_size=7)
+    for number, text in enumerate(documents):
+        (tmp_path / "texts" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / "deep" / f"{number:03d}.txt").write_bytes(text.encode())
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "texts"):
+        files = find_files([tmp_path / name], (".txt",))
+        stream = DocumentStream(files, "body")
+        assert list(stream) == documents, name
+        assert stream.bytes_read == stream.total_bytes == sum(file.stat().st_size for file in files)
+
+
+def test_special_tokens_spelled_out_in_text_stay_text_unless_asked_for(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if a web page that spells the end-of-document token can end a document, or the flag does nothing."""
+    source = write_jsonl(tmp_path / "web.jsonl", [f"before{EOD}after"])
+    for parse, ends in ((False, 1), (True, 2)):
+        settings = TokenizeSettings("web", tokenizer_path, parse_special_tokens=parse)
+        made = tokenize([source], tmp_path / str(parse), settings, 1)
+        [document] = documents_in(tmp_path / str(parse), made.shards)
+        assert document.count(0) == ends
+        decoded = Tokenizer.from_file(str(tokenizer_path)).decode(list(document[:-1]), skip_special_tokens=False)
+        assert decoded.replace(" ", "").replace("Ġ", "") == f"before{EOD}after"
+
+
+def test_a_large_vocabulary_is_written_as_int32(tmp_path: Path) -> None:
+    """Fails if ids above 65,535 are wrapped into uint16."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(70_000)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([EOD])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "web.jsonl", ["w1 w65535 w65536 w69999"])
+    made = tokenize([source], tmp_path / "out", TokenizeSettings("web", tmp_path / "tokenizer.json"), 1)
+    assert documents_in(tmp_path / "out", made.shards) == [(1, 65_535, 65_536, 69_999, 70_000)]
+
+
+def test_finished_output_is_reused_and_other_output_refused(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if shards of other text or settings are taken for these, overwritten, or made again though they are there."""
+    source = write_jsonl(tmp_path / "web.jsonl", texts(50))
+    out = tmp_path / "out"
+    settings = TokenizeSettings("web", tokenizer_path, shard_tokens=1000)
+    made = tokenize([source], out, settings, 1)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = tokenize([source], out, settings, 2)
+    assert again.reused
+    assert (again.shards, again.documents, again.tokens) == (made.shards, made.documents, made.tokens)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(DataError, match=r"web\.json: these shards were made with other shard_tokens\."):
+        tokenize([source], out, TokenizeSettings("web", tokenizer_path, shard_tokens=999), 1)
+    write_jsonl(source, texts(50, seed=1))
+    with pytest.raises(DataError, match=r"made with other inputs\."):
+        tokenize([source], out, settings, 1)
+    write_jsonl(source, texts(50))
+    (out / "web_00001.bin").write_bytes((out / "web_00001.bin").read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"web_00001\.bin: \d+ bytes, but"):
+        tokenize([source], out, settings, 1)
+    (out / "web.json").unlink()
+    with pytest.raises(DataError, match=r"web_00000\.idx exists, but not web\.json"):
+        tokenize([source], out, settings, 1)
+
+
+def test_a_killed_run_leaves_whole_shards_and_the_next_one_finishes(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if half a shard is ever visible, or the run after a kill refuses or gives other files."""
+    source = write_jsonl(tmp_path / "web.jsonl", texts(300) * 60)
+    arguments = ["--input", str(source), "--tokenizer", str(tokenizer_path), "--source", "web"]
+    arguments += ["--shard-tokens", "50000", "--workers", "1"]
+    assert main(["tokenize", *arguments, "--output", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "data_tools", "tokenize", *arguments, "--output", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "web_00001.idx").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it was still at work
+    for index in (tmp_path / "killed").glob("*.idx"):
+        Shard(index.with_suffix(""))
+        assert index.read_bytes() == (tmp_path / "whole" / index.name).read_bytes()
+    assert not json.loads((tmp_path / "killed" / "web.json").read_text())["complete"]
+    assert main(["tokenize", *arguments, "--output", str(tmp_path / "killed")]) == 0
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "killed")
+
+
+BAD_INPUTS = {
+    "missing key": (
+        "a.jsonl",
+        b'{"text": "x"}\n{"body": "x", "id": 1}\n',
+        r"a\.jsonl, line 2: no key 'text'; it has body, id",
+    ),
+    "not JSON": ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: no JSON object with a text"),
+    "not a text": ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: .*got int"),
+    "not UTF-8": ("a.txt", b"abc\xff", r"a\.txt: no UTF-8 at byte 3"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], r"a\.jsonl\.gz, after line .* damaged"),
+    "cut zstd": (
+        "a.jsonl.zst",
+        zstandard.compress(os.urandom(3000).hex().encode())[:-9],
+        "zst, after line 0: .* damaged",
+    ),
+    "no zstd": ("a.jsonl.zst", b"plain", r"a\.jsonl\.zst, after line 0: the compressed file is damaged"),
+    "no Parquet": ("a.parquet", b"plain", r"a\.parquet: no readable Parquet file"),
+    "unknown suffix": ("a.csv", b"x", r"a\.csv is none: documents are in files that end in .*\.jsonl"),
+    "nothing in it": ("a.jsonl", b"\n", "No text in the 1 input files"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_refused_with_file_and_line(
+    tmp_path: Path, tokenizer_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if damaged input is skipped or cut without a word, or the user gets a traceback."""
+    name, content, message = BAD_INPUTS[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        tokenize([tmp_path / name], tmp_path / "out", TokenizeSettings("web", tokenizer_path), 1)
+    arguments = ["--input", str(tmp_path / name), "--tokenizer", str(tokenizer_path), "--workers", "1"]
+    assert main(["tokenize", *arguments, "--output", str(tmp_path / "o"), "--source", "w"]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert not list(tmp_path.glob("o*/*.idx"))
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if the user has to guess what --text-key should be."""
+    parquet.write_table(pyarrow.table({"n": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; it has \['n', 'body'\]"):
+        tokenize([tmp_path / "a.parquet"], tmp_path / "out", TokenizeSettings("web", tokenizer_path), 1)
+
+
+def test_a_lone_surrogate_does_not_stop_the_run(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if one broken escape in a web crawl ends a run of hours."""
+    (tmp_path / "a.jsonl").write_text('{"text": "ok \\ud83d end \\ud83d\\ude42"}\n')
+    assert list(DocumentStream([tmp_path / "a.jsonl"], "text")) == ["ok \ufffd end 🙂"]
+
+
+def test_a_tokenizer_without_the_end_token_is_refused_before_anything_is_written(
+    tmp_path: Path, tokenizer_path: Path
+) -> None:
+    """Fails if documents would run into each other."""
+    source = write_jsonl(tmp_path / "web.jsonl", ["text"])
+    with pytest.raises(ConfigError, match=r"no token '</s>' .*: <\|endoftext\|>, <pad> \(--eod-token\)"):
+        tokenize([source], tmp_path / "out", TokenizeSettings("web", tokenizer_path, eod_token="</s>"), 1)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,80 @@
+"""`python -m nemotron_train.plan`: what it prints, that it needs no torch, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nemotron_train.errors import EXIT_FAILED
+from nemotron_train.plan.__main__ import main
+
+NANO_12B = [
+    "experiment=quickstart", "model=nemotron_nano_12b_v2", "parallel=tensor_8", "train=pretrain_8k", "world_size=5888",
+    "train.global_batch_size=736", "train.train_tokens=20_000_000_000_000", "train.eval_tokens=8192",
+    "lr.peak=4.5e-4", "lr.min=4.5e-6", "lr.warmup_tokens=8_000_000_000", "lr.decay_tokens=3_600_000_000_000",
+]  # fmt: skip
+
+
+def test_json_has_the_numbers_of_the_published_12b_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the plan of Nano 12B v2's run is not the published one: 12.31B parameters, 6,029,312 tokens a step,
+    and 1.45e24 FLOPs as its model card states."""
+    assert main([*NANO_12B, "format=json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] == 12_310_001_152
+    assert sum(plan["parameters_by_part"].values()) == plan["parameters"]
+    assert plan["tokens_per_step"] == 6_029_312
+    assert plan["num_steps"] == 3_317_128
+    assert plan["train_flops"] == pytest.approx(1.45e24, rel=0.01)
+    assert plan["train_flops"] == plan["flops_per_token"] * plan["num_steps"] * plan["tokens_per_step"]
+    assert (plan["data_parallel_size"], plan["micro_batches"]) == (736, 1)
+    assert plan["learning_rate_at_end"] == pytest.approx(4.5e-6, rel=1e-2)
+
+
+def test_text_tells_model_layout_steps_rate_and_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the banner of a run loses one of its facts."""
+    arguments = [
+        "experiment=quickstart",
+        "parallel=tensor_2_pipeline_2",
+        "world_size=8",
+        "train.train_tokens=1_000_000",
+    ]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for fact in (
+        "4 mamba, 2 attention, 4 mlp", "2,138,200", "8 = tensor 2 with sequence parallelism", "pipeline 2 x data 2",
+        "rank 1:", "4,096 tokens", "244, 999,424 of 1,000,000", "wsd: 0 to 0.003 over 81,920 tokens", "(minus_sqrt)",
+        "code 60.0%, tests 25.0%", "(not reached)",
+    ):  # fmt: skip
+        assert fact in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["experiment=quickstart", "parallel=tensor_2", "world_size=5"], "5 ranks"),
+        (["experiment=quickstart", "world_size=two"], "world_size=two"),
+        (["experiment=quickstart", "format=yaml"], "format=yaml"),
+        (["experiment=quickstart", "train.train_token=5"], "train.train_tokens"),
+        ([], "experiment=NAME"),
+    ],
+)
+def test_what_is_wrong_goes_to_stderr_with_an_exit_code(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a mistake ends in a traceback, or with success."""
+    assert main(arguments) == EXIT_FAILED
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.out == ""
+
+
+def test_planning_loads_neither_torch_nor_megatron() -> None:
+    """Fails if anything below config/ or plan/ starts to import what a laptop may not have (and seconds of
+    start-up)."""
+    code = (
+        "import sys; from nemotron_train.plan.__main__ import main; main(['experiment=quickstart']); "
+        "print(sorted({'torch', 'megatron', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,327 @@
+"""Every rule is broken once; its message has the values that clash and the keys to change."""
+
+import pytest
+
+from nemotron_train.config.keys import describe_keys
+from nemotron_train.errors import ConfigError
+from nemotron_train.plan.ranges import RANGES
+from nemotron_train.plan.rules import MODEL_RULES, RUN_RULES, check_rules
+from tests.plan.small import config_with
+
+TP2 = "parallel.tensor_parallel_size=2"
+PP2 = "parallel.pipeline_parallel_size=2"
+WORDS = "whole number", "number", "whole number or null", "number or null"
+
+# rule, changes to the quickstart (16 samples of 256 tokens, micro-batch 8, 10 layers), ranks, what the message holds
+BROKEN: list[tuple[str, list[str], int, list[str]]] = [
+    (
+        "pattern_is_readable_and_can_be_cut",
+        ["model.layer_pattern=M-X"],
+        1,
+        ["model.layer_pattern", "'X'", "position 3"],
+    ),
+    (
+        "pattern_is_readable_and_can_be_cut",
+        ["parallel.pipeline_parallel_size=11"],
+        11,
+        ["10 layers", "11 pieces", "parallel.pipeline_parallel_size=11"],
+    ),
+    ("pattern_is_readable_and_can_be_cut", ["model.layer_pattern=M|-"], 1, ["2 pieces", "pipeline_parallel_size=1"]),
+    (
+        "query_groups_divide_attention_heads",
+        ["model.num_query_groups=3"],
+        1,
+        ["model.num_attention_heads=4", "model.num_query_groups=3", "2 or 4"],
+    ),
+    (
+        "mamba_groups_divide_mamba_heads",
+        ["model.mamba_num_groups=4"],
+        1,
+        ["model.mamba_num_heads=10", "model.mamba_num_groups=4", "2 or 5"],
+    ),
+    (
+        "context_parallel_is_not_there_yet",
+        ["parallel.context_parallel_size=2"],
+        2,
+        ["parallel.context_parallel_size=2", "not supported by this version"],
+    ),
+    ("ranks_hold_whole_replicas", [TP2], 5, ["5 ranks", "parallel.tensor_parallel_size=2", "4 or 6"]),
+    ("ranks_hold_whole_replicas", [TP2, PP2], 3, ["3 ranks", "take 4", "pipeline_parallel_size=2", "Start 4 ranks"]),
+    (
+        "tensor_parallel_size_divides_the_model",
+        [TP2, "model.num_attention_heads=5", "model.num_query_groups=5"],
+        2,
+        ["model.num_attention_heads=5", "model.num_query_groups=5", "parallel.tensor_parallel_size=2", "4 or 6"],
+    ),
+    (
+        "tensor_parallel_size_divides_the_model",
+        [TP2, "model.num_query_groups=1"],
+        2,
+        ["model.num_query_groups=1", "parallel.tensor_parallel_size=2"],
+    ),
+    (
+        "tensor_parallel_size_divides_the_model",
+        [TP2, "model.mamba_num_groups=5"],
+        2,
+        ["model.mamba_num_groups=5", "parallel.tensor_parallel_size=2", "4 or 6"],
+    ),
+    (
+        "tensor_parallel_size_divides_the_model",
+        [TP2, "model.mamba_num_heads=9", "model.mamba_num_groups=3"],
+        2,
+        ["model.mamba_num_heads=9", "parallel.tensor_parallel_size=2", "8 or 10"],
+    ),
+    (
+        "tensor_parallel_size_divides_the_model",
+        [TP2, "model.ffn_hidden_size=481"],
+        2,
+        ["model.ffn_hidden_size=481", "parallel.tensor_parallel_size=2", "480 or 482"],
+    ),
+    (
+        "tensor_parallel_size_divides_the_vocabulary",
+        [TP2, "model.vocab_size=2047"],
+        2,
+        ["model.vocab_size=2047", "parallel.tensor_parallel_size=2", "2048"],
+    ),
+    (
+        "sequence_parallel_needs_tensor_parallel",
+        ["parallel.sequence_parallel=true"],
+        1,
+        ["parallel.sequence_parallel=true", "parallel.tensor_parallel_size=1"],
+    ),
+    (
+        "sequence_parallel_needs_tensor_parallel",
+        [TP2, "parallel.sequence_parallel=true", "train.seq_length=255"],
+        2,
+        ["train.seq_length=255", "parallel.tensor_parallel_size=2", "254 or 256"],
+    ),
+    (
+        "virtual_pipeline_needs_a_pipeline",
+        ["parallel.virtual_pipeline_size=2"],
+        1,
+        ["parallel.virtual_pipeline_size=2", "parallel.pipeline_parallel_size"],
+    ),
+    (
+        "parameter_gather_overlaps_with_gradient_reduction",
+        ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=false"],
+        1,
+        ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+    ),
+    (
+        "batches_divide_among_ranks",
+        [],
+        3,
+        ["train.global_batch_size=16", "24", "train.micro_batch_size=8", "3 data-parallel ranks", "Use 24"],
+    ),
+    (
+        "batches_divide_among_ranks",
+        ["train.batch_schedule=[{start_tokens: 9, global_batch_size: 20}]"],
+        1,
+        ["train.batch_schedule[0].global_batch_size=20", "multiple of 8", "16 or 24"],
+    ),
+    (
+        "batches_divide_among_ranks",
+        [PP2, "parallel.virtual_pipeline_size=2", "train.global_batch_size=24"],
+        2,
+        [
+            "train.global_batch_size=24",
+            "3 micro-batches",
+            "parallel.pipeline_parallel_size=2",
+            "parallel.virtual_pipeline_size=2",
+            "16 or 32",
+        ],
+    ),
+    (
+        "batch_schedule_rises",
+        ["train.batch_schedule=[{start_tokens: 9, global_batch_size: 8}, {start_tokens: 9, global_batch_size: 16}]"],
+        1,
+        ["train.batch_schedule[1].start_tokens=9", "train.batch_schedule[0].start_tokens (9)"],
+    ),
+    (
+        "train_tokens_hold_a_step",
+        ["train.train_tokens=4000", "lr.decay_tokens=10", "lr.warmup_tokens=0"],
+        1,
+        ["train.train_tokens=4000", "4096", "train.global_batch_size=16", "train.seq_length=256"],
+    ),
+    (
+        "evaluation_has_something_to_read",
+        ["data.sources.0.eval_prefixes=[]", "data.sources.1.eval_prefixes=[]", "data.sources.2.eval_prefixes=[]"],
+        1,
+        ["train.eval_every_steps=100", "eval_prefixes"],
+    ),
+    (
+        "evaluation_has_something_to_read",
+        ["train.eval_tokens=255"],
+        1,
+        ["train.eval_tokens=255", "train.seq_length=256"],
+    ),
+    ("schedule_has_its_keys_and_no_others", ["lr.min=null"], 1, ["lr.min", "lr.schedule=wsd", "lr=constant"]),
+    (
+        "schedule_has_its_keys_and_no_others",
+        ["lr.decay_tokens=null"],
+        1,
+        ["lr.decay_tokens", "lr.schedule=wsd", "lr=cosine"],
+    ),
+    ("schedule_has_its_keys_and_no_others", ["lr.decay_shape=null"], 1, ["lr.decay_shape", "lr.schedule=wsd"]),
+    (
+        "schedule_has_its_keys_and_no_others",
+        ["lr.schedule=cosine"],
+        1,
+        ["lr.decay_tokens=491520 has no effect", "lr.decay_shape=minus_sqrt has no effect", "lr=wsd"],
+    ),
+    (
+        "schedule_has_its_keys_and_no_others",
+        ["lr.schedule=constant", "lr.decay_tokens=null", "lr.decay_shape=null"],
+        1,
+        ["lr.min=3e-05", "lr.schedule=constant", "lr=wsd or lr=cosine"],
+    ),
+    (
+        "schedule_has_its_keys_and_no_others",
+        ["lr.schedule=cosine", "lr.min=null", "lr.decay_tokens=null", "lr.decay_shape=null"],
+        1,
+        ["lr.min", "lr.schedule=cosine"],
+    ),
+    ("rate_falls_from_peak_to_min", ["lr.min=0.004"], 1, ["lr.min=0.004", "lr.peak=0.003"]),
+    (
+        "warmup_and_decay_fit_into_the_run",
+        ["lr.warmup_tokens=2_000_000"],
+        1,
+        ["lr.warmup_tokens=2000000", "lr.decay_tokens=491520", "train.train_tokens=2457600"],
+    ),
+    (
+        "warmup_and_decay_fit_into_the_run",
+        ["lr.schedule=cosine", "lr.decay_tokens=null", "lr.decay_shape=null", "lr.warmup_tokens=2457600"],
+        1,
+        ["lr.warmup_tokens=2457600", "train.train_tokens=2457600"],
+    ),
+    ("source_names_are_unique", ["data.sources.1.name=code"], 1, ["data.sources", "2 sources", "'code'"]),
+    ("source_names_are_unique", ["data.sources=[]"], 1, ["data.sources is empty", "data=NAME"]),
+    ("phases_start_at_zero_and_rise", ["data.phases=[]"], 1, ["data.phases is empty"]),
+    ("phases_start_at_zero_and_rise", ["data.phases.0.start_tokens=5"], 1, ["data.phases[0].start_tokens=5"]),
+    (
+        "phases_start_at_zero_and_rise",
+        ["data.phases.1.start_tokens=0"],
+        1,
+        ["data.phases[1].start_tokens=0", "data.phases[0].start_tokens=0"],
+    ),
+    (
+        "phases_weigh_known_sources_once",
+        ["data.phases.0.weights.0.source=cod"],
+        1,
+        ["data.phases[0].weights", "'cod'", "code, tests, prose", "Did you mean code?"],
+    ),
+    (
+        "phases_weigh_known_sources_once",
+        ["data.phases.1.weights.0.source=tests"],
+        1,
+        ["data.phases[1].weights", "2 weights"],
+    ),
+    (
+        "phases_weigh_known_sources_once",
+        ["data.phases.0.weights=[{source: code, weight: 0}]"],
+        1,
+        ["data.phases[0].weights", "every weight is 0"],
+    ),
+    (
+        "phases_weigh_known_sources_once",
+        ["data.sources.2.prefixes=[]"],
+        1,
+        ["data.phases[0].weights", "'prose'", "no prefixes"],
+    ),
+    (
+        "every_source_is_used",
+        ["data.phases=[{start_tokens: 0, weights: [{source: code, weight: 1}]}]"],
+        1,
+        ["data.sources", "'tests'", "'prose'", "data.phases[].weights"],
+    ),
+    (
+        "every_source_is_used",
+        ["data.sources.2.prefixes=[]", "data.sources.2.eval_prefixes=[]"],
+        1,
+        ["'prose'", "neither prefixes nor eval_prefixes"],
+    ),
+    (
+        "resume_is_a_word_or_a_folder",
+        ["checkpoint.resume=nevr"],
+        1,
+        ['checkpoint.resume="nevr"', "Did you mean never?"],
+    ),
+    ("names_are_not_empty", ["run.name=' '"], 1, ['run.name=" "']),
+    ("names_are_not_empty", ["data.tokenizer=''"], 1, ['data.tokenizer=""']),
+]
+
+
+@pytest.mark.parametrize(("rule", "changes", "world_size", "expected"), BROKEN, ids=lambda value: str(value)[:60])
+def test_a_broken_rule_says_what_clashes_and_what_to_change(
+    rule: str, changes: list[str], world_size: int, expected: list[str]
+) -> None:
+    """Fails if the combination is let through, or the message lacks a value or a key."""
+    config = config_with(*changes)
+    with pytest.raises(ConfigError) as caught:
+        check_rules(config, world_size)
+    assert [part for part in expected if part not in str(caught.value)] == []
+    own = [r for r in (*MODEL_RULES, *RUN_RULES) if r.__name__ == rule]
+    assert list(own[0](config, world_size)), f"{rule} did not speak"
+
+
+def test_every_rule_is_broken_above() -> None:
+    """Fails if a rule is added without a case that breaks it."""
+    assert {rule.__name__ for rule in (*MODEL_RULES, *RUN_RULES)} == {case[0] for case in BROKEN}
+
+
+def test_all_broken_rules_are_reported_together() -> None:
+    """Fails if the first violation hides the others."""
+    config = config_with(TP2, "model.mamba_num_groups=5", "lr.min=1.0", "checkpoint.resume=x")
+    with pytest.raises(ConfigError) as caught:
+        check_rules(config, 5)
+    assert str(caught.value).startswith("4 problems")
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        ([], 1),
+        ([], 2),
+        ([TP2, "parallel.sequence_parallel=true"], 2),
+        ([PP2, "parallel.virtual_pipeline_size=2"], 2),
+        ([TP2, PP2], 4),
+        (["parallel.pipeline_parallel_size=10"], 10),
+        (["checkpoint.resume=runs/a/checkpoints/step_000000100"], 1),
+        (["train.train_tokens=600_000"], 1),  # phases that a short run never reaches are no mistake
+        (["lr.schedule=constant", "lr.min=null", "lr.decay_tokens=null", "lr.decay_shape=null"], 1),
+    ],
+)
+def test_what_can_work_is_let_through(changes: list[str], world_size: int) -> None:
+    """Fails if a rule refuses a combination that runs."""
+    check_rules(config_with(*changes), world_size)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("train.micro_batch_size=0", "train.micro_batch_size=0 must be at least 1."),
+        ("optim.adam_beta2=1.0", "optim.adam_beta2=1.0 must be at least 0 and below 1."),
+        ("lr.peak=0", "lr.peak=0.0 must be above 0."),
+        ("lr.peak=.nan", "lr.peak=nan must be above 0."),
+        ("optim.clip_grad_norm=.inf", "optim.clip_grad_norm=inf must be at least 0."),
+        ("data.phases.1.weights.2.weight=-1", "data.phases[1].weights[2].weight=-1.0 must be at least 0."),
+        ("run.seed=-1", "run.seed=-1 must be at least 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(change: str, expected: str) -> None:
+    """Fails if a number that cannot work reaches the arithmetic, or a NaN passes a comparison."""
+    with pytest.raises(ConfigError) as caught:
+        check_rules(config_with(change), 1)
+    assert expected in str(caught.value)
+
+
+def test_every_number_has_a_range() -> None:
+    """Fails if a numeric key is added without saying what it may be, or a range outlives its key."""
+    assert {info.key for info in describe_keys() if info.type in WORDS} == set(RANGES)
+
+
+@pytest.mark.parametrize("world_size", [0, -2])
+def test_a_run_needs_a_rank(world_size: int) -> None:
+    """Fails if the arithmetic is done for no ranks."""
+    with pytest.raises(ConfigError, match="world_size"):
+        check_rules(config_with(), world_size)
