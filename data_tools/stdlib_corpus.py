@@ -44,14 +44,14 @@ def collect_corpus(roots: Roots, *, max_source_bytes: int) -> Corpus:
     Raises:
         DataError: this Python shows no source code.
     """
-    notes = []
+    notes: tuple[str, ...] = ()
     code, tests = find_modules(roots), find_tests(roots)
     if _num_bytes(tests) < FEWEST_TEST_BYTES:
         tests = find_package_tests(roots)
-        notes.append("This Python comes without its test package: `tests` are those of installed packages.")
+        notes = ("This Python comes without its test package: `tests` are those of installed packages.",)
     if _num_bytes(tests) < FEWEST_TEST_BYTES:
         code, tests = code[0::2], tests + code[1::2]
-        notes.append("There is next to no test code on this machine: half of the code stands in for `tests`.")
+        notes = ("There is next to no test code on this machine: half of the code stands in for `tests`.",)
     if not code:
         raise DataError(f"no Python source files under {roots.stdlib}: use a Python that has its standard library")
     prose = find_prose(roots, enough_bytes=max_source_bytes)
@@ -61,7 +61,7 @@ def collect_corpus(roots: Roots, *, max_source_bytes: int) -> Corpus:
     return Corpus(
         train={source: [d for d in found[source] if d.path not in held_out] for source in SOURCES},
         heldout={source: [d for d in found[source] if d.path in held_out] for source in SOURCES},
-        notes=tuple(notes),
+        notes=notes,
     )
 
 

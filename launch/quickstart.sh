@@ -65,15 +65,16 @@ count_ranks() {
 }
 
 # Runs a command as a job of its own and passes signals on: Ctrl-C reaches it once, and it never outlives this script's
-# SIGTERM. Leaves the command's exit code in `code`.
+# SIGTERM. Leaves the command's exit code in `code`, and in `stopped` whether there was a signal.
 run_job() {
     local signalled=yes
+    stopped=no
     set -m
     "$@" </dev/null &
     local job=$!
     set +m
-    trap 'signalled=yes; kill -INT "$job" 2>/dev/null || true' INT
-    trap 'signalled=yes; kill -TERM "$job" 2>/dev/null || true' TERM HUP
+    trap 'signalled=yes stopped=yes; kill -INT "$job" 2>/dev/null || true' INT
+    trap 'signalled=yes stopped=yes; kill -TERM "$job" 2>/dev/null || true' TERM HUP
     while [ "$signalled" = yes ]; do
         signalled=no
         code=0
@@ -94,9 +95,11 @@ train() {
     run_job "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
         -m nemotron_train.train experiment=quickstart "$@"
     if [ "$code" != 0 ]; then
-        say "Training ended early (exit code $code). The same command goes on from the last checkpoint in $run_dir, if any"
+        if [ "$stopped" = yes ]; then say "Stopped"; else say "Training failed (exit code $code)"; fi
+        say "The same command goes on from the last checkpoint in $run_dir, if there is one"
         exit "$code"
     fi
+    mkdir -p "$run_dir"
     printf '%s\n' "$*" >"$finished"
 }
 

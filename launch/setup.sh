@@ -3,7 +3,7 @@
 #
 # A torch that is already there (a GPU container) is kept: the environment then sees the packages around it and only the
 # missing ones are installed. Otherwise everything is installed at the versions of constraints.txt.
-# PYTHON=/path/to/python3 chooses the interpreter. Nothing outside the repository is changed.
+# PYTHON=/path/to/python3 chooses the interpreter of a new .venv. Nothing outside the repository is changed.
 set -euo pipefail
 
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -13,12 +13,16 @@ python="$venv/bin/python"
 say() { printf '\n== %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# Prints the first Python that is new enough.
+# Prints the first Python that is new enough; for one inside .venv (it may be activated) the one that .venv was made with.
 find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-            command -v "$candidate"
+        if "$candidate" - "$venv" 2>/dev/null <<'PY'; then
+import sys
+if sys.version_info < (3, 10):
+    sys.exit(1)
+print(sys._base_executable if sys.prefix == sys.argv[1] else sys.executable)
+PY
             return
         fi
         [ "$candidate" != "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not a Python of at least 3.10"
@@ -26,13 +30,14 @@ find_python() {
     fail "no Python 3.10 or newer found (python3 is $(python3 --version 2>&1 || true)); install one or set PYTHON=/path/to/python3"
 }
 
-# Prints a line that changes whenever the environment has to be made anew.
+# Prints a line that changes whenever the environment has to be made anew. It does not follow the Python that comes first on
+# the PATH: that changes with every environment a user activates.
 describe_environment() {
     "$1" - "$repo" <<'PY'
 import hashlib, sys
-files = [f"{sys.argv[1]}/{name}" for name in ("pyproject.toml", "constraints.txt", "launch/setup.sh")]
-digest = hashlib.sha256(b"".join(open(file, "rb").read() for file in files)).hexdigest()
-print(sys.version.split()[0], sys.prefix, sys.argv[1], digest)
+repo = sys.argv[1]
+files = [f"{repo}/{name}" for name in ("pyproject.toml", "constraints.txt", "launch/setup.sh")]
+print(repo, hashlib.sha256(b"".join(open(file, "rb").read() for file in files)).hexdigest())
 PY
 }
 
@@ -53,12 +58,24 @@ install() {
         "$python" -m pip install -qq --disable-pip-version-check --no-input --no-warn-script-location "$@"
 }
 
+# Prints what makes a new environment see the packages of a virtual environment: for that one, "system" would mean the
+# Python below it. Nothing for any other Python.
+see_packages_of() {
+    "$1" - <<'PY'
+import site, sys
+if sys.prefix != sys.base_prefix:
+    for folder in site.getsitepackages():
+        print(f"import site; site.addsitedir({folder!r})")
+PY
+}
+
 make_environment() {
-    local base="$1" kept constraints="$repo/constraints.txt" options=()
+    local base="$1" kept outer constraints="$repo/constraints.txt" options=()
     kept="$(installed_torch "$base")"
     if [ -n "$kept" ]; then
         say "Setting up .venv around the installed $(head -n 1 <<<"$kept")"
-        options=(--system-site-packages)
+        outer="$(see_packages_of "$base")"
+        [ -n "$outer" ] || options=(--system-site-packages)
     else
         say "Setting up .venv with $("$base" --version): downloads torch and about fifty smaller packages, a minute or two"
     fi
@@ -67,9 +84,7 @@ make_environment() {
     if [ -n "$kept" ]; then
         constraints="$venv/constraints.txt"
         { grep -v -E '^(torch|numpy)==' "$repo/constraints.txt"; printf '%s\n' "$kept"; } >"$constraints"
-        # In a virtual environment, "system" means its parent: name the packages of the environment itself.
-        "$base" -c 'import sys, sysconfig; print("" if sys.prefix == sys.base_prefix else sysconfig.get_path("purelib"))' \
-            >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_environment.pth"
+        printf '%s\n' "$outer" >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_environment.pth"
     else
         # First and alone: asked for by its exact version, a build for this machine comes before larger ones.
         install "$(grep '^torch==' "$constraints")"
@@ -81,7 +96,7 @@ ensure_environment() {
     local base wanted stamp="$venv/complete.txt"
     base="$(find_python)"
     wanted="$(describe_environment "$base")"
-    [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || return 0
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$python" -c '' 2>/dev/null; then return; fi
     SECONDS=0
     rm -f "$stamp"
     make_environment "$base"

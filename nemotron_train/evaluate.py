@@ -1,6 +1,7 @@
 """Held-out loss: the training code path on held-out shards, with gradients off."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ MICRO_BATCHES_AT_ONCE = 32  # bounds what the reports hold; a multiple of every 
 
 def evaluate(run: Runtime, batches: Sequence[Batch]) -> MeanLoss:
     """Average the loss over held-out micro-batches (as many on every rank; padding has loss_mask 0)."""
+    batches = pad_to_multiple(batches, run.plan.layout.pipeline)  # the interleaved schedule takes them in rounds
     reports = []
     for chunk in run.chunks:
         chunk.eval()
@@ -24,3 +26,10 @@ def evaluate(run: Runtime, batches: Sequence[Batch]) -> MeanLoss:
     for chunk in run.chunks:
         chunk.train()
     return average_over_ranks(run, reports)
+
+
+def pad_to_multiple(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """Append copies of the last micro-batch that carry no loss until their number is a multiple of `size`."""
+    missing = -len(batches) % size
+    without_loss = replace(batches[-1], loss_mask_BS=torch.zeros_like(batches[-1].loss_mask_BS))
+    return [*batches, *[without_loss] * missing]

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ranks import RankPool
+from tests.small_runs import write_corpus
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,3 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of two small sources, for `small_runs`."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))

@@ -8,19 +8,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_train.checkpoint.commit import Commit, commit_folder, read_commit, start_folder
 from nemotron_train.checkpoint.resume import checkpoints_folder, model_facts
 from nemotron_train.config.load import fingerprint
+from nemotron_train.engine.optimizer import allocate_state
 from nemotron_train.engine.wrap import weights_complete
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress, Runtime
 
 logger = logging.getLogger(__name__)
+
+# torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
+_SAVE_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException)
+_LOAD_ERRORS = (*_SAVE_ERRORS, ValueError, KeyError)
 
 
 def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
@@ -38,7 +43,7 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
         with weights_complete(run.chunks):
             state = sharded_state(run, is_loading=False)
             dist_checkpointing.save(state, str(folder), content_metadata=_stored_metadata())
-    except (OSError, RuntimeError, CheckpointingException) as error:
+    except _SAVE_ERRORS as error:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(f"Cannot write the checkpoint of step {progress.step} to {folder}: {error}") from error
@@ -69,7 +74,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     state = sharded_state(run, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder))
-    except (OSError, RuntimeError, ValueError, KeyError, CheckpointingException) as error:
+    except _LOAD_ERRORS as error:
         raise CheckpointError(f"Cannot load {folder}: {error}") from error
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
@@ -80,7 +85,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
 def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     """The state of a run as Megatron-Core shards it: one entry per model chunk, and the optimizer."""
     if is_loading:
-        _give_adam_its_step(run)
+        allocate_state(run.optimizer)
     metadata = {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
     state: dict[str, Any] = {f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)}
     model_state = {f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()}
@@ -90,16 +95,6 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
 
 def _stored_metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def _give_adam_its_step(run: Runtime) -> None:
-    """torch's AdamW knows no step before its first update, and Megatron-Core asks for one to lay out the state it loads."""
-    for part in run.optimizer.chained_optimizers:
-        adam = part.optimizer
-        if isinstance(adam, torch.optim.AdamW):
-            for group in adam.param_groups:
-                for parameter in group["params"]:
-                    adam.state[parameter].setdefault("step", torch.tensor(0.0))
 
 
 def _from_rank_zero(act: Any) -> Path:

@@ -13,7 +13,7 @@ from nemotron_train.data.source import Source
 
 def count_heldout_windows(source: Source, eval_tokens: int, seq_length: int) -> int:
     """Return how many windows are evaluated: those that fit into eval_tokens and the shards, at least one."""
-    return max(1, min(eval_tokens // seq_length, source.num_tokens // seq_length))
+    return max(1, min(eval_tokens // seq_length, (source.num_tokens - 1) // seq_length))
 
 
 def heldout_batches(

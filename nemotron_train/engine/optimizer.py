@@ -3,7 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
+
+import torch
 
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -64,3 +67,31 @@ def take_step(optimizer: Optimizer) -> OptimizerStep:
             clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
     optimizer.step_with_ready_grads()
     return OptimizerStep(updated=True, grad_norm=grad_norm)
+
+
+def allocate_state(optimizer: Optimizer) -> None:
+    """Give torch's AdamW, which has no state before its first update, moments and step counters to load a checkpoint into.
+
+    Megatron-Core (0.16) asks for the counters before loading, and then forgets to set them parameter by parameter; it has read them from the
+    parameter groups by then. To be deleted when its `_set_main_param_and_optimizer_states` leaves `step` alone.
+    """
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.AdamW):
+            continue  # Transformer Engine's and apex's AdamW keep the step in the group
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                state = adam.state[parameter]
+                state.setdefault("step", torch.tensor(0.0))
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(moment, torch.zeros_like(parameter))
+        part._set_main_param_and_optimizer_states = partial(_set_state, part)
+
+
+def _set_state(part: Any, model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    group, order = part.model_param_group_index_map[model_parameter]
+    main_parameter = part.optimizer.param_groups[group]["params"][order]
+    state = part.optimizer.state[main_parameter]
+    # Megatron-Core has given all parameters one step tensor between them; AdamW would advance it once for each.
+    step = state["step"] = state["step"].clone()
+    type(part)._set_main_param_and_optimizer_states(part, model_parameter, {**tensors, "step": step})

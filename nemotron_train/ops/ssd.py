@@ -57,17 +57,17 @@ class _Chunked(NamedTuple):
     @property
     def decay_from_start(self) -> Tensor:
         """From the state before the chunk to token l; by group, with an axis for P."""
-        return _decay(self.log_decay_KBGRL).transpose(-1, -2).unsqueeze(-1)
+        return _limited_exp_(self.log_decay_KBGRL.clone()).transpose(-1, -2).unsqueeze(-1)
 
     @property
     def decay_to_end(self) -> Tensor:
         """From token s to the state after the chunk."""
-        return _decay(self.log_decay_KBGRL[..., -1:] - self.log_decay_KBGRL)
+        return _limited_exp_(self.log_decay_KBGRL[..., -1:] - self.log_decay_KBGRL)
 
     @property
     def decay_of_chunk(self) -> Tensor:
         """Over the whole chunk, with axes for P and N."""
-        return _decay(self.log_decay_KBGRL[..., -1, None, None])
+        return _limited_exp_(self.log_decay_KBGRL[..., -1, None, None].clone())
 
     @property
     def own_scores(self) -> Tensor:
@@ -83,16 +83,16 @@ class _Chunked(NamedTuple):
         """From token s to token l (axes l, s); 1 where s comes after l, which `_past_scores` masks."""
         cum = self.log_decay_KBGRL
         # Above the diagonal the difference is positive; limited before the exponential, so that nothing overflows.
-        return _decay(cum.unsqueeze(-1) - cum.unsqueeze(-2))
+        return _limited_exp_(cum.unsqueeze(-1) - cum.unsqueeze(-2))
 
 
-def _decay(log_decay: Tensor) -> Tensor:
-    """Return exp(log_decay) within [exp(-40), 1].
+def _limited_exp_(log_decay: Tensor) -> Tensor:
+    """Turn log decays, in place, into decays within [exp(-40), 1].
 
     Beside terms of order one exp(-40) = 4e-18 is nothing even in float64. Smaller decays would only bring denormal
     numbers, over which processors are slow: fast-forgetting heads made the matrix products take five times as long.
     """
-    return log_decay.clamp(-40.0, 0.0).exp_()
+    return log_decay.clamp_(-40.0, 0.0).exp_()
 
 
 def _cut(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_length: int) -> _Chunked:
@@ -218,7 +218,8 @@ def _gradients_within_chunks(c: _Chunked, dy_KBGRLP: Tensor) -> tuple[Tensor, Te
     """Return du (K B G R L P), dB and dC (X L N) of what tokens read of the tokens before them in their own chunk."""
     decay_KBGRLL = c.decay_between_tokens()
     dy, u = dy_KBGRLP.flatten(0, 3), c.u_KBGRLP.flatten(0, 3)
-    d_scores = torch.bmm(dy, u.mT).view_as(decay_KBGRLL).mul_(decay_KBGRLL).sum(3).tril_(-1).flatten(0, 2)
+    d_mixing_KBGRLL = torch.bmm(dy, u.mT).view_as(decay_KBGRLL)
+    d_scores = d_mixing_KBGRLL.mul_(decay_KBGRLL).sum(3).tril_(-1).flatten(0, 2)
     mixing_KBGRLL = decay_KBGRLL.mul_(_past_scores(c))
     du = torch.bmm(mixing_KBGRLL.flatten(0, 3).mT, dy).view_as(dy_KBGRLP)
     return du, torch.bmm(d_scores.mT, c.C_XLN), torch.bmm(d_scores, c.B_XLN)

@@ -127,7 +127,7 @@ def test_past_hash_tells_another_past(change: object) -> None:
 def test_past_hash_ignores_order_and_scale_of_what_is_asked() -> None:
     """Fails if sorting the sources of a recipe differently, or doubling all weights, is taken for another past."""
     sources = dict(reversed(SOURCES.items()))
-    phases = [Phase(p.start_tokens, S, {n: 2 * w for n, w in reversed(p.weights.items())}) for p in PHASES]
+    phases = [Phase(p.start_tokens, S, {n: 2 * w for n, w in reversed(list(p.weights.items()))}) for p in PHASES]
     first, second = BlendPlan(PHASES, SOURCES, seed=3), BlendPlan(phases, sources, seed=3)
     assert first.past_hash(20_000) == second.past_hash(20_000)
     for sample in range(900):

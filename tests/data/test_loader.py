@@ -41,12 +41,14 @@ def steps_of(
     reader: SampleReader, share: RankShare, batch_size: Callable[[int], int], consumed: int, num_steps: int
 ) -> list[list[Batch]]:
     """Return the micro-batches of some steps, and check what the loader says it has handed out."""
-    steps = []
+    steps: list[list[Batch]] = []
     with DataLoader(reader, share, batch_size, consumed) as loader:
         for _ in range(num_steps):
             each = batch_size(consumed) // (share.dp_size * share.micro_batch_size)
-            assert loader.consumed_tokens == consumed
-            steps.append(list(islice(loader, each)))
+            steps.append([])
+            for _ in range(each):
+                assert loader.consumed_tokens == consumed  # a step counts when its last micro-batch was handed out
+                steps[-1].append(next(loader))
             consumed += batch_size(consumed) * S
             assert loader.consumed_tokens == consumed
     return steps

@@ -1,4 +1,4 @@
-"""Oracles: the definition of a bijection; the statistics of a random order, with numpy's shuffle held to the same bound."""
+"""Oracles: the definition of a bijection; statistics of a random order, numpy's shuffle held to the same bounds."""
 
 from collections.abc import Callable
 

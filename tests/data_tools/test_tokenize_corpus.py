@@ -1,4 +1,4 @@
-"""Oracle: the `tokenizers` library, document by document; the files of a run with other workers; an interrupted process."""
+"""Oracle: the `tokenizers` library, document by document; the files of a run with other workers or of a killed one."""
 
 import gzip
 import json
@@ -72,7 +72,9 @@ def expected_ids(tokenizer_path: Path, documents: list[str]) -> list[tuple[int, 
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return [(*tokenizer.encode(text).ids, tokenizer.token_to_id(EOD)) for text in documents if text]
+    eod = tokenizer.token_to_id(EOD)
+    assert eod is not None
+    return [(*tokenizer.encode(text).ids, eod) for text in documents if text]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -82,7 +84,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_shards_hold_what_the_tokenizers_library_gives_document_by_document(
     tmp_path: Path, tokenizer_path: Path
 ) -> None:
-    """Fails if a document is cut, padded, lost, doubled, split over shards, or not ended by the end-of-document token."""
+    """Fails if a document is cut, padded, lost, doubled, split over shards, or not ended by its token."""
     documents = texts(300)
     settings = TokenizeSettings("web", tokenizer_path, shard_tokens=4000)
     made = tokenize([write_jsonl(tmp_path / "web.jsonl", documents)], tmp_path / "out", settings, num_workers=1)
@@ -163,7 +165,7 @@ def test_a_large_vocabulary_is_written_as_int32(tmp_path: Path) -> None:
 
 
 def test_finished_output_is_reused_and_other_output_refused(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Fails if shards of other text or settings are taken for these, overwritten, or made again though they are there."""
+    """Fails if shards of other text or settings are taken for these or overwritten, or these are made again."""
     source = write_jsonl(tmp_path / "web.jsonl", texts(50))
     out = tmp_path / "out"
     settings = TokenizeSettings("web", tokenizer_path, shard_tokens=1000)

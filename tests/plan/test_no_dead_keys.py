@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def test_a_key_outside_the_plan_is_read_by_what_runs(key: str) -> None:
     assert (section, name) in _attributes_read(), f"nothing outside config/ and plan/ reads {key}"
 
 
+@functools.cache
 def _attributes_read() -> set[tuple[str, str]]:
     """Return every `section.name` that code outside config/ and plan/ reads.
 

@@ -85,7 +85,8 @@ def test_flops_count_every_matrix_product_of_torch() -> None:
     """Fails if a projection is forgotten: torch counts what it multiplies in an attention and an MLP layer."""
     model = ModelSection(
         layer_pattern="*-", hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-        attention_head_dim=8, mamba_num_heads=4, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=8, vocab_size=64,
+        attention_head_dim=8, mamba_num_heads=4, mamba_head_dim=16, mamba_num_groups=2, mamba_state_dim=8,
+        vocab_size=64,
     )  # fmt: skip
     seq_length = 16
     x = torch.randn(seq_length, 32)

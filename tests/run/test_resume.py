@@ -1,0 +1,102 @@
+"""Stopping and going on changes nothing, at any step and on any number of data-parallel ranks."""
+
+from pathlib import Path
+
+import pytest
+
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.data.run_data import open_run_data
+from tests.ranks import RankPool
+from tests.small_runs import read_metrics, small_config, train
+
+STEPS = 12
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of an uninterrupted run on two data-parallel ranks."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    ranks.run(train, 2, small_config(corpus, run_dir, steps=STEPS))
+    return losses(run_dir)
+
+
+@pytest.mark.parametrize("stop_step", [1, 7, 10, 11])  # 10: the step at which the second phase begins
+def test_a_run_that_stopped_goes_on_bitwise(ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float], stop_step: int) -> None:
+    """Fails if a checkpoint forgets weights, moments, the step of AdamW, or the place in the data."""
+    config = small_config(corpus, tmp_path, steps=STEPS)
+    ranks.run(train, 2, config, stop_step)
+    assert len(losses(tmp_path)) == stop_step
+    ranks.run(train, 2, config)
+    assert losses(tmp_path) == straight
+
+
+def test_bf16_resumes_bitwise_from_its_float32_master_weights(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if a resume starts from weights rounded to bf16, or mixes the master weights of one group with another's."""
+    from nemotron_train.config.schema import PrecisionFormat
+
+    curves = []
+    for name, stops in (("straight", [None]), ("stopped", [5, None])):
+        config = small_config(corpus, tmp_path / name, steps=STEPS, precision={"format": PrecisionFormat.bf16})
+        for stop_step in stops:
+            ranks.run(train, 2, config, stop_step)
+        curves.append(losses(tmp_path / name))
+    assert curves[0] == curves[1]
+
+
+def test_the_number_of_data_parallel_ranks_may_change(ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]) -> None:
+    """Fails if one rank, then four, then two read other tokens than two ranks from start to end."""
+    config = small_config(corpus, tmp_path, steps=STEPS)
+    for world_size, stop_step in ((1, 3), (4, 8), (2, None)):
+        ranks.run(train, world_size, config, stop_step)
+    assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)
+
+
+def test_the_layout_may_change(ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]) -> None:
+    """Fails if weights or moments written under one layout land elsewhere when read under another."""
+    layouts = (
+        (2, 3, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+        (2, 6, {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
+        (4, 9, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        (1, None, {}),
+    )
+    for world_size, stop_step, layout in layouts:
+        ranks.run(train, world_size, small_config(corpus, tmp_path, steps=STEPS, parallel=layout), stop_step)
+    assert losses(tmp_path) == pytest.approx(straight, rel=1e-5)
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if raising train_tokens changes a step that was taken before the learning rate began to decay."""
+    short = small_config(corpus, tmp_path / "short", steps=8)
+    long = small_config(corpus, tmp_path / "short", steps=STEPS)
+    whole = small_config(corpus, tmp_path / "whole", steps=STEPS)
+    ranks.run(train, 2, short)
+    ranks.run(train, 2, long)
+    ranks.run(train, 2, whole)
+    assert losses(tmp_path / "short")[:4] == losses(tmp_path / "whole")[:4]  # the short run decays from step 4 on
+    assert len(losses(tmp_path / "short")) == STEPS
+
+
+def changed(config: RunConfig, corpus: Path) -> dict[str, RunConfig]:
+    from dataclasses import replace
+
+    data = replace(config.data, phases=[replace(config.data.phases[0], weights=config.data.phases[1].weights)])
+    return {
+        "run.seed": replace(config, run=replace(config.run, seed=6)),
+        "a phase that has already begun": replace(config, data=data),
+        "model.mamba_state_dim": replace(config, model=replace(config.model, mamba_state_dim=16)),
+    }
+
+
+@pytest.mark.parametrize("what", ["run.seed", "a phase that has already begun", "model.mamba_state_dim"])
+def test_another_past_or_model_is_refused(ranks: RankPool, corpus: Path, tmp_path: Path, what: str) -> None:
+    """Fails if a run goes on, without a word, on other data or another model than its checkpoint's."""
+    config = small_config(corpus, tmp_path, steps=STEPS)
+    ranks.run(train, 1, config, 2)
+    with pytest.raises(AssertionError, match=what):
+        ranks.run(train, 1, changed(config, corpus)[what])
+    assert len(losses(tmp_path)) == 2
+    open_run_data(config)
