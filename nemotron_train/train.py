@@ -9,7 +9,8 @@ from nemotron_train.config.load import load_config
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
 from nemotron_train.errors import EXIT_FAILED, EXIT_REQUEUE
-from nemotron_train.plan.run_plan import describe, plan_run
+from nemotron_train.plan.describe import describe
+from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.failure import report_failure
 from nemotron_train.platform.ranks import LaunchedRank, launched_rank

@@ -1,6 +1,7 @@
 """Saves and loads weights and optimizer state through Megatron-Core's `dist_checkpointing` (`torch_dist`), readable under any layout."""
 
 import logging
+import queue
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_train.checkpoint.commit import Commit, commit_folder, read_commit, start_folder
@@ -40,6 +42,9 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
     config = run.plan.config
     folder = _from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
     try:
+        # Megatron-Core collects its writers' results in a queue that lives in a process of its own, started from scratch at the first save. A
+        # synchronous save needs none, and a SIGTERM to the process group would end it just before the save that the signal asks for.
+        filesystem_async._results_queue = queue.Queue()
         with weights_complete(run.chunks):
             state = sharded_state(run, is_loading=False)
             dist_checkpointing.save(state, str(folder), content_metadata=_stored_metadata())

@@ -26,7 +26,7 @@ from nemotron_train.data.interleave import Interleave
 from nemotron_train.data.permutation import Permutation
 from nemotron_train.errors import ConfigError
 
-FORMAT = 1  # part of `past_hash`: raise it when the same plan would give other samples than before
+FORMAT = 2  # part of `past_hash`: raise it when the same plan would give other samples than before
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,9 @@ class BlendPlan:
     def locate(self, sample: int) -> SampleLocation:
         """Return where sample number `sample` (from 0) of the run lies."""
         phase = self._phases[bisect_right(self._first_samples, sample) - 1]
-        k = sample - phase.first_sample
-        name = phase.interleave.source_of(k)
+        name, drawn = phase.interleave.draw(sample - phase.first_sample)
         progress = phase.progress[name]
-        window = progress.windows + phase.interleave.count_before(k, name)
-        epoch, spans = self._window(name, phase.seq_length, progress.first_epoch, window)
+        epoch, spans = self._window(name, phase.seq_length, progress.first_epoch, progress.windows + drawn)
         return SampleLocation(phase.number, self._numbers[name], epoch, spans)
 
     def sample_at(self, consumed_tokens: int) -> int:
@@ -142,9 +140,9 @@ class BlendPlan:
         past = []
         drawn: dict[str, int] = {}
         for phase, end in self._phases_until(self.sample_at(consumed_tokens)):
-            arcs = phase.interleave.arcs
-            past.append({"samples": end - phase.first_sample, "seq_length": phase.seq_length, "arcs": arcs})
-            drawn.update((name, self._tokens[name]) for name in arcs)
+            weights = phase.interleave.weights
+            past.append({"samples": end - phase.first_sample, "seq_length": phase.seq_length, "weights": weights})
+            drawn.update((name, self._tokens[name]) for name in weights)
         canonical = {"format": FORMAT, "seed": self._seed, "phases": past, "sources": drawn}
         return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -154,8 +152,7 @@ class BlendPlan:
         last = self._phases[bisect_right(self._first_tokens, total_tokens) - 1]
         samples = last.first_sample + -(-(total_tokens - last.first_token) // last.seq_length)
         for phase, end in self._phases_until(samples):
-            for name in phase.progress:
-                windows = phase.interleave.count_before(end - phase.first_sample, name)
+            for name, windows in phase.interleave.counts_before(end - phase.first_sample).items():
                 epochs[name][phase.number] = windows * phase.seq_length / self._tokens[name]
         return {name: tuple(values) for name, values in epochs.items()}
 
@@ -165,7 +162,7 @@ class BlendPlan:
         sample, token = 0, 0
         for number, phase in enumerate(phases):
             weights = {name: weight for name, weight in phase.weights.items() if weight > 0}
-            interleave = Interleave(weights, _key(self._seed, "interleave", sample))
+            interleave = Interleave(weights)
             begun = {name: self._progress_for(name, phase.seq_length, progress.get(name)) for name in weights}
             placed.append(_PlacedPhase(number, sample, token, phase.seq_length, interleave, begun))
             if number + 1 == len(phases):
@@ -174,9 +171,9 @@ class BlendPlan:
             if samples == 0:  # shorter than the sample that was under way: it never gets its turn, and leaves no trace
                 placed.pop()
                 continue
-            for name, before in begun.items():
-                windows = before.windows + interleave.count_before(samples, name)
-                progress[name] = _Progress(before.first_epoch, windows, before.seq_length)
+            for name, drawn in interleave.counts_before(samples).items():
+                before = begun[name]
+                progress[name] = _Progress(before.first_epoch, before.windows + drawn, before.seq_length)
             sample, token = sample + samples, token + samples * phase.seq_length
         return placed
 

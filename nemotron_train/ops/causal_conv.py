@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK_NUMBERS = 1 << 16  # numbers of a block of the backward pass: a few such blocks stay in a core's cache
+_BLOCK_NUMBERS = 1 << 16  # numbers of a block of the backward pass: small enough for a core's cache
 
 
 def causal_conv_silu(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:
@@ -53,16 +53,16 @@ def _gradients(dy: Tensor, x: Tensor, weight_KC: Tensor, before_silu: Tensor) ->
     d = torch.ops.aten.silu_backward(dy.to(wide), before_silu)
     seq_length = x.shape[1]
     block = max(1, _BLOCK_NUMBERS // weight_KC.shape[1])
-    for sample in range(len(x)):
+    for d_SC, x_SC, dx_SC in zip(d.unbind(), x.unbind(), dx.unbind(), strict=True):
         for start in range(0, seq_length, block):
             stop = min(start + block, seq_length)
-            x_block, dx_block = x[sample, start:stop].to(wide), dx[sample, start:stop]
-            dbias += d[sample, start:stop].sum(0)
+            x_block, dx_block = x_SC[start:stop].to(wide), dx_SC[start:stop]
+            dbias += d_SC[start:stop].sum(0)
+            torch.mul(d_SC[start:stop], weight_KC[-1], out=dx_block)
             for delay in range(len(weight_KC)):
-                d_later = d[sample, start + delay : stop + delay]
-                dweight_KC[-1 - delay] += (d_later * x_block[: len(d_later)]).sum(0)
-                if delay == 0:
-                    torch.mul(d_later, weight_KC[-1], out=dx_block)
-                else:
-                    dx_block[: len(d_later)].addcmul_(d_later, weight_KC[-1 - delay])
+                d_later = d_SC[start + delay : stop + delay]
+                reached = len(d_later)  # less than the block at the end of the sequence
+                dweight_KC[-1 - delay] += (d_later * x_block[:reached]).sum(0)
+                if delay:
+                    dx_block[:reached].addcmul_(d_later, weight_KC[-1 - delay])
     return dx, dweight_KC, dbias

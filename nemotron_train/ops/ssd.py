@@ -151,9 +151,9 @@ def _states_before_chunks(c: _Chunked) -> Tensor:
     written_KBGLRP = _written_to_state(c)
     writers = written_KBGLRP.flatten(4).flatten(0, 2)
     added = torch.bmm(writers.mT, c.B_XLN[: len(writers)]).view_as(states[1:])
-    decay = c.decay_of_chunk
-    for k in range(len(added)):
-        torch.addcmul(added[k], states[k], decay[k], out=states[k + 1])
+    before, after = states.unbind(), states[1:].unbind()
+    for added_k, before_k, decay_k, after_k in zip(added, before, c.decay_of_chunk.unbind(), after, strict=False):
+        torch.addcmul(added_k, before_k, decay_k, out=after_k)
     return states
 
 

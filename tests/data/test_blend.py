@@ -191,6 +191,18 @@ def test_epochs_are_the_tokens_drawn_over_the_tokens_there_are() -> None:
             assert epochs == pytest.approx((drawn[number] / SOURCES[name]).tolist())
 
 
+def test_every_rank_of_a_step_reads_the_mixture_of_the_phase() -> None:
+    """Fails if a contiguous block of samples is off the weights by 3.36 samples, or a source of weight 0 is drawn."""
+    weights = {"web": 0.7, "code": 0.26, "math": 0.04, "none": 0.0, "new": 0}
+    plan = BlendPlan([Phase(0, S, weights)], {**SOURCES, "none": 999, "new": 10**6}, seed=3)
+    drawn = [plan.locate(sample).source for sample in range(6000)]
+    for block in (1, 7, 24, 96, 768):
+        for first in range(0, len(drawn) - block, block):
+            counts = Counter(drawn[first : first + block])
+            for number, weight in enumerate(weights.values()):
+                assert abs(counts[number] - weight * block) < (3.36 if weight else 1e-9)
+
+
 def test_a_plan_of_twenty_trillion_tokens_is_found_at_once_and_stays_exact() -> None:
     """Fails if large numbers lose precision: two of the last samples would be the same window."""
     sources = {f"s{number:02d}": 10**11 + number * 7_777_777_777 for number in range(60)}
