@@ -107,5 +107,5 @@ SECONDS=0
 prepare_data
 say "Data in $data is ready (${SECONDS} s)"
 train "$@"
-"$python" -m nemotron_train.report "$run_dir"
+"$python" launch/quickstart_report.py "$run_dir"
 say "To start over: rm -r $run_dir (the data in $data stays), then the same command"

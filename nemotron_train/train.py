@@ -59,8 +59,16 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
 def log_to_stderr(me: LaunchedRank) -> None:
     """Rank 0 tells what it does; the others only what goes wrong. Megatron-Core's own notes are left out."""
     form = "%(message)s" if me.world_size == 1 else f"[rank {me.rank}] %(message)s"
-    logging.basicConfig(level=logging.INFO if me.rank == 0 else logging.WARNING, format=form, force=True)
+    logging.basicConfig(level=logging.INFO if me.rank == 0 else logging.WARNING, format=form, handlers=[_StderrOfTheMoment()], force=True)
     logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+class _StderrOfTheMoment(logging.StreamHandler):
+    """Writes to what `sys.stderr` is when a message comes: while a progress bar is on the terminal, that scrolls messages by above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 if __name__ == "__main__":  # the checkpoint writer starts processes that import this module again
