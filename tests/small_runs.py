@@ -50,7 +50,7 @@ def write_corpus(folder: Path) -> Path:
     return folder
 
 
-def small_config(data: Path, run_dir: Path, *, steps: int = 20, **sections: dict[str, Any]) -> RunConfig:
+def small_config(corpus: Path, run_dir: Path, *, steps: int = 20, **sections: dict[str, Any]) -> RunConfig:
     """A run of `steps` steps of 8 x 32 tokens. `sections` change fields: model={"layer_pattern": "M-"}."""
     step_tokens = SEQ * BATCH
     config = RunConfig(
@@ -72,7 +72,7 @@ def small_config(data: Path, run_dir: Path, *, steps: int = 20, **sections: dict
         parallel=ParallelSection(timeout_seconds=60),
         precision=PrecisionSection(format=PrecisionFormat.fp32),
         data=DataSection(
-            path=str(data),
+            path=str(corpus),
             sources=[SourceConfig(name="a", prefixes=["a"], eval_prefixes=["a_heldout"]), SourceConfig(name="b", prefixes=["b"])],
             phases=[
                 PhaseConfig(start_tokens=0, weights=[SourceWeight("a", 0.7), SourceWeight("b", 0.3)]),

@@ -8,7 +8,8 @@ import pytest
 from nemotron_train.data.interleave import Interleave
 
 BOUND = Fraction(168, 100)  # samples a source may be off its weight
-STARTS = [0, 10**7, 2_400_000_000, 10**12]  # 2.4e9 samples of 8,192 tokens are 20T tokens
+# 2.4e9 samples of 8,192 tokens are 20T tokens; beyond 2^53 = 9e15 a float could not count.
+STARTS = [0, 10**7, 2_400_000_000, 10**12, 10**18]
 
 
 def by_name(values: list[float]) -> dict[str, float]:

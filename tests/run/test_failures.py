@@ -51,7 +51,7 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 @pytest.fixture
 def config_path(corpus: Path, tmp_path: Path) -> Path:
     """A run of many steps that saves at steps 4 and 8, …"""
-    config = small_config(corpus, tmp_path / "run", steps=2_000, checkpoint={"every_steps": 4}, parallel={"timeout_seconds": 60})
+    config = small_config(corpus, tmp_path / "run", steps=2_000, checkpoint={"every_steps": 4}, data={"max_epochs": 1e3})
     write_resolved(config, tmp_path / "config.yaml")
     return tmp_path / "config.yaml"
 
@@ -65,9 +65,8 @@ def test_an_exception_on_one_rank_stops_all_and_is_what_the_user_sees(config_pat
     began = time.monotonic()
     output = finish(start(config_path, 2, "raise on rank 1 at step 6"))
     assert "planted fault at step 6" in output
-    assert output.count("planted fault at step 6\n") >= 1
     assert "Stopping, because another rank failed first (rank 1: ValueError: planted fault" in output
-    assert output.count("Traceback (most recent call last)") <= 2, output  # ours, and torchrun's summary
+    assert "[rank 0] Unexpected" not in output
     assert saved_steps(tmp_path / "run") == [4]
     assert time.monotonic() - began < 100
 
