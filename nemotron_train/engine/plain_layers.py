@@ -13,6 +13,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemotron_train.ops.rms_norm import rms_norm
+
 # Shapes: S sequence, B micro-batch, D hidden, H heads, G query groups, P head dim; lower case: this rank's share.
 
 
@@ -32,7 +34,7 @@ class RMSNorm(nn.Module):
         self.weight = make_norm_weight(config, hidden_size)
 
     def forward(self, x_sBD: Tensor) -> Tensor:
-        return F.rms_norm(x_sBD, self.weight.shape, self.weight, self.epsilon)
+        return rms_norm(x_sBD, self.weight, epsilon=self.epsilon)
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
@@ -44,8 +46,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight = make_norm_weight(config, input_size)
 
     def forward(self, x_sBD: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed_sBD = F.rms_norm(x_sBD, self.layer_norm_weight.shape, self.layer_norm_weight, self.epsilon)
-        return super().forward(normed_sBD, *args, **kwargs)
+        return super().forward(rms_norm(x_sBD, self.layer_norm_weight, epsilon=self.epsilon), *args, **kwargs)
 
 
 class CausalAttention(nn.Module):

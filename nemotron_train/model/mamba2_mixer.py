@@ -102,20 +102,21 @@ class Mamba2Mixer(MegatronModule):
     def _mix(self, zxBCdt_SBf: Tensor) -> Tensor:
         """Convolution, scan and gated norm between the two projections: [S, B, f] -> [S, B, i]."""
         sizes, ops = self.sizes, self.operations
-        z_BSi, xBC_BSc, dt_BSh = zxBCdt_SBf.transpose(0, 1).split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
-        xBC_BSc = ops.causal_conv_silu(xBC_BSc, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        z_SBi, xBC_SBc, dt_SBh = zxBCdt_SBf.split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
+        # Views: convolution and scan read and write the sequence-first memory as it lies.
+        xBC_BSc = ops.causal_conv_silu(xBC_SBc.transpose(0, 1), self.conv1d.weight.squeeze(1), self.conv1d.bias)
         x_BSi, B_BSn, C_BSn = xBC_BSc.split([sizes.inner, sizes.groups * sizes.state, sizes.groups * sizes.state], dim=-1)
         y_BShP = ops.ssd(
             x_BSi.unflatten(-1, (sizes.heads, sizes.head_dim)),
-            F.softplus(dt_BSh.float() + self.dt_bias),
+            F.softplus(dt_SBh.transpose(0, 1).float() + self.dt_bias),
             -torch.exp(self.A_log),
             B_BSn.unflatten(-1, (sizes.groups, sizes.state)),
             C_BSn.unflatten(-1, (sizes.groups, sizes.state)),
             self.D,
             chunk_size=sizes.chunk,
         )
-        y_BSi = ops.gated_rms_norm(y_BShP.flatten(-2), z_BSi, self.norm.weight, num_groups=sizes.groups, epsilon=sizes.epsilon)
-        return y_BSi.transpose(0, 1).contiguous()
+        y_SBi = y_BShP.transpose(0, 1).flatten(-2)
+        return ops.gated_rms_norm(y_SBi, z_SBi, self.norm.weight, num_groups=sizes.groups, epsilon=sizes.epsilon)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint layout of Megatron-Core: packed rows are stored as their parts, so that any tensor-parallel size can read them."""

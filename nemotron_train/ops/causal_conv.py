@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK_NUMBERS = 1 << 16  # numbers of a block of the backward pass: small enough for a core's cache
+_BLOCK_NUMBERS = 1 << 17  # numbers of a block of the backward pass: small enough for a core's cache
 
 
 def causal_conv_silu(x_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor) -> Tensor:

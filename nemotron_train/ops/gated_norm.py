@@ -56,12 +56,16 @@ class _GatedRmsNorm(torch.autograd.Function):
         dweight = torch.zeros_like(weight_GC)
         for block in _blocks(flat[0]):
             dout_TGC, y_TGC, z_TGC = (t[block].to(wide).unflatten(-1, weight_GC.shape) for t in flat)
+            scale = scale_TG1[block]
             gate = functional.silu(z_TGC)
-            normed = (gate * y_TGC).mul_(scale_TG1[block])
-            weighted = normed * dout_TGC
-            dweight += weighted.sum(0)
-            along_TG1 = weighted.mul_(weight_GC).mean(-1, keepdim=True)
-            dgated = (dout_TGC * weight_GC).sub_(normed.mul_(along_TG1)).mul_(scale_TG1[block])
+            gated = gate * y_TGC
+            # Both sums, over tokens for the weight and over a group's channels for the mean square, are matrix-vector
+            # products of one tensor, group by group.
+            product_GTC = (dout_TGC * gated).transpose(0, 1)
+            dweight += (product_GTC.mT @ scale.transpose(0, 1)).squeeze(-1)
+            along_TG1 = (product_GTC @ weight_GC.unsqueeze(-1)).transpose(0, 1)
+            dgated = (dout_TGC * weight_GC).mul_(scale)
+            dgated.addcmul_(gated, along_TG1 * scale.pow(3), value=-1.0 / weight_GC.shape[1])
             dy[block] = gate.mul_(dgated).flatten(-2)
             dz[block] = torch.ops.aten.silu_backward(dgated.mul_(y_TGC), z_TGC).flatten(-2)
         return dy.view(y.shape), dz.view(z.shape), dweight.view(weight.shape).to(weight.dtype), None, None

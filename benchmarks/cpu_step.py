@@ -1,0 +1,168 @@
+"""How fast is a whole training step on one CPU rank beside transformers' NemotronH of the same size?
+
+    python -m benchmarks.cpu_step [EXPERIMENT] [key=value ...]
+
+Both sides take the same micro-batches forward and backward in float32, clip and update with AdamW; transformers runs its plain path, the only
+one it has on a CPU. Each side lives in a process of its own with one thread, steps alternate between the two, and the ratio of the medians counts,
+so that a busy machine slows both alike. Read the ratio; tokens/s differ from machine to machine.
+"""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from nemotron_train.config.load import load_config
+from nemotron_train.config.schema import PrecisionFormat, RunConfig
+from nemotron_train.data.batch import Batch, build_batch
+from nemotron_train.plan.run_plan import plan_run
+
+STEPS, WARMUP = 9, 2
+
+
+def load(overrides: list[str]) -> RunConfig:
+    if overrides and "=" not in overrides[0]:
+        overrides = [f"experiment={overrides[0]}", *overrides[1:]]
+    config = load_config(overrides or ["experiment=quickstart"])
+    return replace(config, precision=replace(config.precision, format=PrecisionFormat.fp32), run=replace(config.run, dir=tempfile.mkdtemp()))
+
+
+def random_batches(config: RunConfig) -> list[Batch]:
+    """One step's micro-batches of random tokens, the same on both sides."""
+    train = config.train
+    generator = torch.Generator().manual_seed(3)
+    count = train.global_batch_size // train.micro_batch_size
+    shape = (count, train.micro_batch_size, train.seq_length + 1)
+    windows = torch.randint(0, config.model.vocab_size, shape, generator=generator).numpy()
+    return [build_batch(list(rows), [0] * train.micro_batch_size, train.micro_batch_size, train.seq_length) for rows in windows]
+
+
+@contextmanager
+def our_step(config: RunConfig) -> Iterator[Callable[[], float]]:
+    from nemotron_train.engine.groups import process_groups  # the CPU adaptor must not reach transformers' process
+    from nemotron_train.platform.device import choose_platform
+    from nemotron_train.platform.ranks import launched_rank
+    from nemotron_train.step import train_step
+    from nemotron_train.trainer import build_runtime
+
+    me, plan = launched_rank(), plan_run(config, 1)
+    device = choose_platform(me)
+    with process_groups(plan.layout, device, me, timeout_seconds=60, seed=1) as groups:
+        run, batches = build_runtime(plan, device, groups), random_batches(config)
+        yield lambda: train_step(run, batches, config.lr.warmup_tokens).loss.loss
+
+
+@contextmanager
+def their_step(config: RunConfig) -> Iterator[Callable[[], float]]:
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    from nemotron_train.convert.hf_names import LAYER_TYPES
+
+    sizes, optim = config.model, config.optim
+    model = NemotronHForCausalLM(
+        NemotronHConfig(
+            layers_block_type=[LAYER_TYPES[letter] for letter in sizes.layer_pattern.replace("|", "")],
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.ffn_hidden_size,
+            num_attention_heads=sizes.num_attention_heads,
+            num_key_value_heads=sizes.num_query_groups,
+            head_dim=sizes.attention_head_dim,
+            mamba_num_heads=sizes.mamba_num_heads,
+            mamba_head_dim=sizes.mamba_head_dim,
+            n_groups=sizes.mamba_num_groups,
+            ssm_state_size=sizes.mamba_state_dim,
+            conv_kernel=sizes.mamba_conv_kernel,
+            chunk_size=sizes.mamba_chunk_size,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    ).train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=config.lr.peak, betas=(optim.adam_beta1, optim.adam_beta2), weight_decay=optim.weight_decay)
+    batches = random_batches(config)
+
+    def step() -> float:
+        adamw.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in batches:
+            logits = model(input_ids=batch.tokens_BS).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten()) / len(batches)
+            loss.backward()
+            total += float(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad_norm)
+        adamw.step()
+        return total
+
+    yield step
+
+
+def serve(side: str, overrides: list[str]) -> None:
+    """Take one step for every line on standard input and answer with its seconds and loss."""
+    torch.set_num_threads(1)
+    with {"ours": our_step, "transformers": their_step}[side](load(overrides)) as step:
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            loss = step()
+            print(time.perf_counter() - start, loss, flush=True)  # the protocol with the parent process
+
+
+class Side:
+    def __init__(self, side: str, overrides: list[str]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "benchmarks.cpu_step", "--side", side, *overrides]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def step(self) -> tuple[float, float]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        seconds, loss = self.process.stdout.readline().split()
+        return float(seconds), float(loss)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--side"]:
+        serve(arguments[1], arguments[2:])
+        return
+    console = Console(highlight=False)
+    config = load(arguments)
+    tokens = plan_run(config, 1).tokens_per_step
+    console.print(
+        f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, 1 thread; "
+        + ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
+    )
+    console.print(f"{config.run.name}: {plan_run(config, 1).sizes.parameters:,} parameters, {tokens:,} tokens a step, median of {STEPS} steps")
+    sides = {name: Side(name, arguments) for name in ("ours", "transformers")}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in track(range(WARMUP + STEPS), description="steps", console=console, transient=True):
+        for name, side in sides.items():
+            taken, _ = side.step()
+            if number >= WARMUP:
+                seconds[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    table = Table("training step", "seconds", "tokens/s", "of transformers")
+    for name, value in medians.items():
+        table.add_row(name, f"{value:.3f}", f"{tokens / value:,.0f}", f"{medians['transformers'] / value:.2f} x")
+    console.print(table)
+    for side in sides.values():
+        side.process.kill()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
