@@ -2,8 +2,10 @@
 
     python launch/quickstart_report.py RUN_DIR
 
-Prints the loss at start and end, the held-out loss beside what counting reaches on the same tokens, where the picture is, and a few continuations
-of held-out text. Sampling runs the reference model on the whole text for every token: right and slow, good for a few lines.
+Prints the loss at start and end, the held-out loss beside what counting reaches on the same tokens, where the picture
+is, and a few continuations
+of held-out text. Sampling runs the reference model on the whole text for every token: right and slow, good for a few
+lines.
 """
 
 import sys
@@ -52,14 +54,25 @@ def report(run_dir: Path, console: Console) -> None:
     trained = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
     console.print()
-    console.print(f"Training loss: {trained[0]['loss']:.3f} nats a token at step 1, {trained[-1]['loss']:.3f} at step {trained[-1]['step']}.")
+    console.print(
+        f"Training loss: {trained[0]['loss']:.3f} nats a token at step 1, {trained[-1]['loss']:.3f} at step "
+        f"{trained[-1]['step']}."
+    )
     if evaluated:
         console.print(table_of_losses(evaluated[-1], ngrams))
-        better = ngrams.pooled.bigram_loss - evaluated[-1]["eval_loss"]
-        verdict = f"{better:.3f} nats below" if better > 0 else f"{-better:.3f} nats above"
-        console.print(f"The held-out loss is {verdict} a bigram model's: word counts and pairs alone do not explain what it learned." if better > 0
-                      else f"The held-out loss is {verdict} a bigram model's. Train longer: train.train_tokens.")  # fmt: skip
-    draw_loss(records, config.data.phases, run_dir / "loss.png", config.run.name, {"bigram model": ngrams.pooled.bigram_loss})
+        gain = ngrams.pooled.bigram_loss - evaluated[-1]["eval_loss"]
+        if gain > 0:
+            console.print(
+                f"Its held-out loss is {gain:.3f} nats below a bigram model's: it learned more than counts of words "
+                "and pairs explain."
+            )
+        else:
+            console.print(
+                f"Its held-out loss is {-gain:.3f} nats above a bigram model's. Train longer: train.train_tokens."
+            )
+    draw_loss(
+        records, config.data.phases, run_dir / "loss.png", config.run.name, {"bigram model": ngrams.pooled.bigram_loss}
+    )
     console.print(f"Picture: {run_dir / 'loss.png'}")
     show_continuations(config, run_dir, console)
 
@@ -69,7 +82,11 @@ def measure_yardsticks(config: RunConfig) -> NgramReport:
     sources = config.data.sources
     return measure_ngrams(
         [path for source in sources for path in expand_prefixes(config.data, source, source.prefixes, "prefixes")],
-        {source.name: expand_prefixes(config.data, source, source.eval_prefixes, "eval_prefixes") for source in sources if source.eval_prefixes},
+        {
+            source.name: expand_prefixes(config.data, source, source.eval_prefixes, "eval_prefixes")
+            for source in sources
+            if source.eval_prefixes
+        },
         max_tokens=config.train.eval_tokens,
         seq_length=config.train.seq_length,
     )
@@ -81,7 +98,13 @@ def table_of_losses(record: dict, ngrams: NgramReport) -> Table:
         table.add_column(column, justify="left" if not column else "right")
 
     def add(name: str, loss: float, counted: NgramLosses) -> None:
-        table.add_row(name, f"{counted.num_tokens:,}", f"{loss:.3f}", f"{counted.bigram_loss:.3f}", f"{counted.unigram_entropy:.3f}")
+        table.add_row(
+            name,
+            f"{counted.num_tokens:,}",
+            f"{loss:.3f}",
+            f"{counted.bigram_loss:.3f}",
+            f"{counted.unigram_entropy:.3f}",
+        )
 
     for name, counted in ngrams.sources.items():
         add(name, record[f"eval_loss/{name}"], counted)

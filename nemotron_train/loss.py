@@ -32,7 +32,8 @@ def sum_losses(loss_BS: Tensor, *, batch: Batch, num_sources: int) -> tuple[Tens
     """Reduce one micro-batch's token losses.
 
     Returns:
-        what Megatron-Core's schedule takes from a loss function: (sum of nats to differentiate, number of real tokens as an int tensor, report).
+        what Megatron-Core's schedule takes from a loss function: (sum of nats to differentiate, number of real tokens
+        as an int tensor, report).
     """
     nats_BS = loss_BS * batch.loss_mask_BS
     nats_K = torch.zeros(num_sources, dtype=torch.float32, device=loss_BS.device)
@@ -43,7 +44,8 @@ def sum_losses(loss_BS: Tensor, *, batch: Batch, num_sources: int) -> tuple[Tens
 
 
 def add_reports(reports: Sequence[LossReport], num_sources: int, device: torch.device) -> Tensor:
-    """Add up micro-batches into one row of 2K float64 sums, [nats by source, tokens by source]; zeros without reports."""
+    """Add up micro-batches into one row of 2K float64 sums, [nats by source, tokens by source]; zeros without
+    reports."""
     sums = torch.zeros(2 * num_sources, dtype=torch.float64, device=device)
     for report in reports:
         sums += torch.cat([report.nats_K, report.tokens_K])

@@ -1,4 +1,5 @@
-"""One optimizer step: micro-batches forward and backward, gradients reduced, clipped and applied, losses averaged over all ranks."""
+"""One optimizer step: micro-batches forward and backward, gradients reduced, clipped and applied, losses averaged over
+all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ def train_step(run: Runtime, batches: Sequence[Batch], consumed_tokens: int) -> 
     run.optimizer.zero_grad()
     reports = run_all(run, batches, forward_only=False)
     taken = take_step(run.optimizer)
-    return StepResult(loss=average_over_ranks(run, reports), grad_norm=taken.grad_norm, learning_rate=rate, updated=taken.updated)
+    return StepResult(
+        loss=average_over_ranks(run, reports), grad_norm=taken.grad_norm, learning_rate=rate, updated=taken.updated
+    )
 
 
 def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> list[LossReport]:

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         report_failure(error, me)
         if me.world_size > 1:
-            # Leave at once: tearing down process groups would wait for collectives that other ranks will never join. They see
+            # Leave at once: tearing down process groups would wait for collectives that other ranks will never join.
+            # They see
             # this rank's connections close and stop too.
             logging.shutdown()
             os._exit(EXIT_FAILED)
@@ -50,7 +51,9 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
     platform = choose_platform(me)
     stop = StopRequest()
     stop.listen()
-    with process_groups(plan.layout, platform, me, timeout_seconds=config.parallel.timeout_seconds, seed=config.run.seed) as groups:
+    with process_groups(
+        plan.layout, platform, me, timeout_seconds=config.parallel.timeout_seconds, seed=config.run.seed
+    ) as groups:
         runtime = build_runtime(plan, platform, groups)
         finished = Trainer(runtime, data, stop, is_reporter=me.rank == 0).train()
     return 0 if finished else EXIT_REQUEUE
@@ -59,12 +62,18 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
 def log_to_stderr(me: LaunchedRank) -> None:
     """Rank 0 tells what it does; the others only what goes wrong. Megatron-Core's own notes are left out."""
     form = "%(message)s" if me.world_size == 1 else f"[rank {me.rank}] %(message)s"
-    logging.basicConfig(level=logging.INFO if me.rank == 0 else logging.WARNING, format=form, handlers=[_StderrOfTheMoment()], force=True)
+    logging.basicConfig(
+        level=logging.INFO if me.rank == 0 else logging.WARNING,
+        format=form,
+        handlers=[_StderrOfTheMoment()],
+        force=True,
+    )
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 class _StderrOfTheMoment(logging.StreamHandler):
-    """Writes to what `sys.stderr` is when a message comes: while a progress bar is on the terminal, that scrolls messages by above it."""
+    """Writes to what `sys.stderr` is when a message comes: while a progress bar is on the terminal, that scrolls
+    messages by above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

@@ -1,4 +1,5 @@
-"""The run: builds the live objects once, takes steps until the tokens are used up, and decides who acts at which step."""
+"""The run: builds the live objects once, takes steps until the tokens are used up, and decides who acts at which
+step."""
 
 import logging
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from nemotron_train.errors import NumericsError
 from nemotron_train.evaluate import evaluate
 from nemotron_train.loss import MeanLoss
 from nemotron_train.model.build import build_model_chunks
-from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.jsonl_writer import read_records
+from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
 from nemotron_train.ops.implementations import operations
@@ -57,7 +58,9 @@ class Trainer:
         self.run, self.data, self.stop, self.is_reporter = run, data, stop, is_reporter
         self.config, self.batches = run.plan.config, run.plan.batches
         self.share = RankShare(
-            dp_rank=run.groups.dp.rank(), dp_size=run.groups.dp.size(), micro_batch_size=self.config.train.micro_batch_size
+            dp_rank=run.groups.dp.rank(),
+            dp_size=run.groups.dp.size(),
+            micro_batch_size=self.config.train.micro_batch_size,
         )
         self.saved_step: int | None = None
         self.skipped_in_a_row = 0
@@ -71,11 +74,16 @@ class Trainer:
         Raises:
             CheckpointError, DataError, NumericsError: the run cannot go on.
         """
-        check_same_on_all_ranks(fingerprint(self.config) + self.data.blend.past_hash(self.config.train.train_tokens), "configuration or data")
+        check_same_on_all_ranks(
+            fingerprint(self.config) + self.data.blend.past_hash(self.config.train.train_tokens),
+            "configuration or data",
+        )
         progress = self.resume()
         writers = self.open_writers(progress)
         try:
-            with DataLoader(self.data.reader, self.share, self.batches.global_batch_size_at, progress.consumed_tokens) as loader:
+            with DataLoader(
+                self.data.reader, self.share, self.batches.global_batch_size_at, progress.consumed_tokens
+            ) as loader:
                 return self.take_steps(progress, loader, writers)
         finally:
             writers.close()
@@ -125,7 +133,10 @@ class Trainer:
             if is_due(self.config.checkpoint.every_steps, progress.step) or at_end or stopped:
                 self.save(progress, writers)
             if stopped and not at_end:
-                writers.event(f"Stopped by {self.stop.signal_name or 'a signal to another rank'}; the same command goes on from step {progress.step}.")
+                writers.event(
+                    f"Stopped by {self.stop.signal_name or 'a signal to another rank'}; the same command goes on from "
+                    f"step {progress.step}."
+                )
                 return False
         return True
 
@@ -133,12 +144,19 @@ class Trainer:
         """Measure the held-out loss, if there are held-out shards, and redraw the run's picture."""
         if self.data.has_heldout:
             train = self.config.train
-            batches: Sequence[Batch] = list(heldout_batches(self.data.heldout, train.eval_tokens, train.seq_length, self.share))
+            batches: Sequence[Batch] = list(
+                heldout_batches(self.data.heldout, train.eval_tokens, train.seq_length, self.share)
+            )
             held_out = evaluate(self.run, batches)
             writers.write({"step": progress.step, **self.loss_record("eval_loss", held_out)})
         if self.is_reporter:
             folder = Path(self.config.run.dir)
-            draw_loss(read_records(folder / "metrics.jsonl"), self.config.data.phases, folder / "loss.png", self.config.run.name)
+            draw_loss(
+                read_records(folder / "metrics.jsonl"),
+                self.config.data.phases,
+                folder / "loss.png",
+                self.config.run.name,
+            )
 
     def save(self, progress: Progress, writers: Writers) -> None:
         if self.saved_step == progress.step:
@@ -154,10 +172,13 @@ class Trainer:
         if self.skipped_in_a_row > limit:
             raise NumericsError(
                 f"The gradients of {self.skipped_in_a_row} steps in a row, up to step {progress.step}, were not finite "
-                f"(train.max_skipped_steps={limit}). The weights are those of step {progress.step - self.skipped_in_a_row}; lower lr.peak, or look at the data."
+                f"(train.max_skipped_steps={limit}). The weights are those of step "
+                f"{progress.step - self.skipped_in_a_row}; lower lr.peak, or look at the data."
             )
 
-    def step_record(self, before: Progress, progress: Progress, result: StepResult, speed: StepSpeed) -> dict[str, int | float | None]:
+    def step_record(
+        self, before: Progress, progress: Progress, result: StepResult, speed: StepSpeed
+    ) -> dict[str, int | float | None]:
         starts = [phase.start_tokens for phase in self.config.data.phases]
         return {
             "step": progress.step,

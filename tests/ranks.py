@@ -1,7 +1,9 @@
 """Real multi-rank runs inside pytest: a pool of processes that are started once and take one job after another.
 
-A job is a module-level function; it runs on `world_size` processes at once, each as one rank with a gloo process group's environment, and returns
-something picklable. A job that fails on any rank fails the test with that rank's traceback, and the pool is started anew.
+A job is a module-level function; it runs on `world_size` processes at once, each as one rank with a gloo process
+group's environment, and returns
+something picklable. A job that fails on any rank fails the test with that rank's traceback, and the pool is started
+anew.
 """
 
 import multiprocessing
@@ -20,7 +22,11 @@ def _serve(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
     while (job := jobs.get()) is not None:
         function, rank, world_size, port, args = job
         os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         try:
             results.put((rank, True, function(*args)))
@@ -39,7 +45,9 @@ class RankPool:
             self._results = self._context.Queue()
         while len(self._workers) < world_size:
             jobs = self._context.Queue()
-            worker = self._context.Process(target=_serve, args=(jobs, self._results))  # not daemonic: saving starts processes
+            worker = self._context.Process(
+                target=_serve, args=(jobs, self._results)
+            )  # not daemonic: saving starts processes
             worker.start()
             self._workers.append((worker, jobs))
 
@@ -55,7 +63,9 @@ class RankPool:
                 rank, succeeded, value = self._results.get(timeout=JOB_SECONDS)
             except queue.Empty:
                 self.close()
-                raise AssertionError(f"{function.__name__}: ranks {sorted(set(range(world_size)) - set(returned))} did not return") from None
+                raise AssertionError(
+                    f"{function.__name__}: ranks {sorted(set(range(world_size)) - set(returned))} did not return"
+                ) from None
             if not succeeded:
                 self.close()  # the other ranks may wait for this one for ever
                 raise AssertionError(f"{function.__name__} failed on rank {rank} of {world_size}:\n{value}")
@@ -73,5 +83,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-

@@ -1,4 +1,5 @@
-"""Small real training runs for tests: a hybrid of all three layer kinds, random text with structure, the real trainer."""
+"""Small real training runs for tests: a hybrid of all three layer kinds, random text with structure, the real
+trainer."""
 
 import json
 from dataclasses import replace
@@ -73,7 +74,10 @@ def small_config(corpus: Path, run_dir: Path, *, steps: int = 20, **sections: di
         precision=PrecisionSection(format=PrecisionFormat.fp32),
         data=DataSection(
             path=str(corpus),
-            sources=[SourceConfig(name="a", prefixes=["a"], eval_prefixes=["a_heldout"]), SourceConfig(name="b", prefixes=["b"])],
+            sources=[
+                SourceConfig(name="a", prefixes=["a"], eval_prefixes=["a_heldout"]),
+                SourceConfig(name="b", prefixes=["b"]),
+            ],
             phases=[
                 PhaseConfig(start_tokens=0, weights=[SourceWeight("a", 0.7), SourceWeight("b", 0.3)]),
                 PhaseConfig(start_tokens=10 * step_tokens, weights=[SourceWeight("a", 0.2), SourceWeight("b", 0.8)]),
@@ -88,7 +92,11 @@ def small_config(corpus: Path, run_dir: Path, *, steps: int = 20, **sections: di
             decay_shape=DecayShape.linear,
         ),
         train=TrainSection(
-            train_tokens=steps * step_tokens, seq_length=SEQ, global_batch_size=BATCH, micro_batch_size=2, eval_tokens=1_000
+            train_tokens=steps * step_tokens,
+            seq_length=SEQ,
+            global_batch_size=BATCH,
+            micro_batch_size=2,
+            eval_tokens=1_000,
         ),
         checkpoint=CheckpointSection(),
     )

@@ -88,7 +88,7 @@ def test_micro_batch_size_changes_neither_loss_nor_gradient(ranks: RankPool) -> 
     by_source = [float(nats_BS[k::2].sum()) / sum(REAL_TOKENS[k::2]) for k in (0, 1)]
     for mean, gradients, _ in found.values():
         assert mean.tokens == sum(REAL_TOKENS)
-        assert mean.loss == pytest.approx(float(expected), rel=1e-5)
+        assert mean.loss == pytest.approx(expected.item(), rel=1e-5)
         assert mean.by_source == pytest.approx(by_source, rel=1e-5)
         for name, parameter in reference.named_parameters():
             difference = np.linalg.norm(gradients[name] - to_array(parameter.grad))

@@ -1,6 +1,7 @@
 """Which folders under `RUN_DIR/checkpoints` are complete checkpoints, and how a folder becomes one.
 
-A checkpoint is written to `step_000000100.tmp`, gets its `COMMIT.json` last and is then renamed. Nothing is ever overwritten in place, and "latest" is derived
+A checkpoint is written to `step_000000100.tmp`, gets its `COMMIT.json` last and is then renamed. Nothing is ever
+overwritten in place, and "latest" is derived
 from the commits that are there, so a kill at any moment leaves the older checkpoints as they were.
 """
 
@@ -43,7 +44,10 @@ def start_folder(checkpoints: Path, step: int) -> Path:
         CheckpointError: there is a checkpoint of this step already, or the folder cannot be made.
     """
     if step_folder(checkpoints, step).exists():
-        raise CheckpointError(f"{step_folder(checkpoints, step)} exists already; a checkpoint is never overwritten. Move it away to save this step again.")
+        raise CheckpointError(
+            f"{step_folder(checkpoints, step)} exists already; a checkpoint is never overwritten. Move it away to save "
+            "this step again."
+        )
     temporary = step_folder(checkpoints, step).with_suffix(".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -55,7 +59,9 @@ def start_folder(checkpoints: Path, step: int) -> Path:
 
 def commit_folder(temporary: Path, **facts: object) -> Path:
     """Turn a fully written temporary folder into a checkpoint; `facts` are the fields of `Commit` except `files`."""
-    files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()
+    }
     commit = Commit(files=files, **facts)  # type: ignore[arg-type]
     for name in files:
         _sync(temporary / name)
@@ -94,7 +100,9 @@ def newest_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
     Returns:
         its folder, or None; and why newer folders were passed over.
     """
-    folders = [(int(match[1]), path) for path in checkpoints.glob("step_*") if (match := _STEP_FOLDER.fullmatch(path.name))]
+    folders = [
+        (int(match[1]), path) for path in checkpoints.glob("step_*") if (match := _STEP_FOLDER.fullmatch(path.name))
+    ]
     passed_over = []
     for _, folder in sorted(folders, reverse=True):
         try:

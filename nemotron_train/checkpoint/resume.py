@@ -26,7 +26,8 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
 
     Raises:
         ConfigError: `never`, and the run folder holds a checkpoint already.
-        CheckpointError: the named folder is no complete checkpoint, or the run folder has checkpoints and none is complete.
+        CheckpointError: the named folder is no complete checkpoint, or the run folder has checkpoints and none is
+        complete.
     """
     resume, folder = config.checkpoint.resume, checkpoints_folder(config)
     if resume not in ("auto", "never"):
@@ -36,10 +37,15 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
     for reason in passed_over:
         logger.warning("Passed over a checkpoint: %s", reason)
     if newest is None and passed_over:
-        raise CheckpointError(f"No checkpoint in {folder} is complete. Move them away to start anew: {'; '.join(passed_over)}")
+        raise CheckpointError(
+            f"No checkpoint in {folder} is complete. Move them away to start anew: {'; '.join(passed_over)}"
+        )
     if resume == "never":
         if newest is not None:
-            raise ConfigError(f"checkpoint.resume=never, but {newest} is there. Choose another run.dir, or checkpoint.resume=auto to go on from it.")
+            raise ConfigError(
+                f"checkpoint.resume=never, but {newest} is there. Choose another run.dir, or checkpoint.resume=auto to "
+                "go on from it."
+            )
         return None
     return newest
 
@@ -51,20 +57,27 @@ def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan) -> Non
         CheckpointError: says what differs, both values.
     """
     asked = model_facts(config.model)
-    different = [f"model.{key}: {commit.model.get(key)!r} then, {value!r} now" for key, value in asked.items() if commit.model.get(key) != value]
+    different = [
+        f"model.{key}: {commit.model.get(key)!r} then, {value!r} now"
+        for key, value in asked.items()
+        if commit.model.get(key) != value
+    ]
     if different:
         raise CheckpointError(f"The checkpoint of step {commit.step} is of another model ({'; '.join(different)}).")
     now = blend.past_hash(commit.consumed_tokens)
     if now != commit.data_hash:
         raise CheckpointError(
-            f"The first {commit.consumed_tokens} tokens would be others now than those the checkpoint of step {commit.step} was trained on "
-            f"(plan hash {commit.data_hash[:12]} then, {now[:12]} now): run.seed, train.seq_length, the sources' shards, or a phase that has already begun "
+            f"The first {commit.consumed_tokens} tokens would be others now than those the checkpoint of step "
+            f"{commit.step} was trained on "
+            f"(plan hash {commit.data_hash[:12]} then, {now[:12]} now): run.seed, train.seq_length, the sources' "
+            "shards, or a phase that has already begun "
             "was changed. Restore them; train_tokens and phases that have not begun may change."
         )
 
 
 def model_facts(model: ModelSection) -> dict[str, object]:
-    """The keys of a model that its weights depend on, as plain values. Pipeline cuts in the pattern are not among them."""
+    """The keys of a model that its weights depend on, as plain values. Pipeline cuts in the pattern are not among
+    them."""
     facts = {key: value for key, value in vars(model).items() if key not in _FREE_MODEL_KEYS}
     facts["layer_pattern"] = model.layer_pattern.replace("|", "")
     return facts

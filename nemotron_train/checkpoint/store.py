@@ -1,4 +1,5 @@
-"""Saves and loads weights and optimizer state through Megatron-Core's `dist_checkpointing` (`torch_dist`), readable under any layout."""
+"""Saves and loads weights and optimizer state through Megatron-Core's `dist_checkpointing` (`torch_dist`), readable
+under any layout."""
 
 import logging
 import queue
@@ -42,8 +43,10 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
     config = run.plan.config
     folder = _from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
     try:
-        # Megatron-Core collects its writers' results in a queue that lives in a process of its own, started from scratch at the first save. A
-        # synchronous save needs none, and a SIGTERM to the process group would end it just before the save that the signal asks for.
+        # Megatron-Core collects its writers' results in a queue that lives in a process of its own, started from
+        # scratch at the first save. A
+        # synchronous save needs none, and a SIGTERM to the process group would end it just before the save that the
+        # signal asks for.
         filesystem_async._results_queue = queue.Queue()
         with weights_complete(run.chunks):
             state = sharded_state(run, is_loading=False)
@@ -92,8 +95,12 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     if is_loading:
         allocate_state(run.optimizer)
     metadata = {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
-    state: dict[str, Any] = {f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)}
-    model_state = {f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()}
+    state: dict[str, Any] = {
+        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)
+    }
+    model_state = {
+        f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()
+    }
     state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     return state
 

@@ -39,6 +39,7 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _packed_name(key: str) -> str | None:
-    """The parameter that a stored part belongs to: `….in_proj.weight` for `….in_proj.weight.z`; None for a whole parameter."""
+    """The parameter that a stored part belongs to: `….in_proj.weight` for `….in_proj.weight.z`; None for a whole
+    parameter."""
     name, _, part = key.rpartition(".")
     return name if part in PART_NAMES.values() and name.endswith(("weight", "bias")) else None

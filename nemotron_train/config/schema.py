@@ -1,6 +1,7 @@
 """Every key a user may set, with its type, unit, range and origin: this file is the reference manual of the recipes.
 
-A `RunConfig` is what was asked, never what follows from it (that is `plan.RunPlan`). Lengths are in tokens. `None` means "not asked":
+A `RunConfig` is what was asked, never what follows from it (that is `plan.RunPlan`). Lengths are in tokens. `None`
+means "not asked":
 the plan fills it in, or the key has no meaning for the chosen schedule. Rules across keys live in `plan/rules.py`.
 """
 
@@ -11,10 +12,15 @@ from omegaconf import MISSING
 
 
 class Initialization(str, Enum):
-    """How weights start. The two differ in the projections that write to the residual stream (std `init_std` elsewhere)."""
+    """How weights start. The two differ in the projections that write to the residual stream (std `init_std`
+    elsewhere)."""
 
-    gpt = "gpt"  # init_std / sqrt(2 x layers): a Transformer block adds to the residual twice (Megatron-LM's GPT default)
-    nemotron_h = "nemotron_h"  # init_std / sqrt(layers): a layer of the pattern adds to it once (Megatron-LM is_hybrid_model)
+    gpt = (
+        "gpt"  # init_std / sqrt(2 x layers): a Transformer block adds to the residual twice (Megatron-LM's GPT default)
+    )
+    nemotron_h = (
+        "nemotron_h"  # init_std / sqrt(layers): a layer of the pattern adds to it once (Megatron-LM is_hybrid_model)
+    )
 
 
 class PrecisionFormat(str, Enum):
@@ -104,7 +110,8 @@ class PrecisionSection:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A body of text with one weight in the blend: shards (`PREFIX.bin` + `PREFIX.idx`) read as one stream of tokens."""
+    """A body of text with one weight in the blend: shards (`PREFIX.bin` + `PREFIX.idx`) read as one stream of
+    tokens."""
 
     name: str = MISSING
     prefixes: list[str] = field(default_factory=list)  # under data.path unless absolute; `*` expands, sorted by name
@@ -179,7 +186,9 @@ class TrainSection:
 @dataclass(frozen=True)
 class CheckpointSection:
     every_steps: int = 0  # 0 = only at the end and when stopped by a signal
-    resume: str = "auto"  # auto: the newest complete one in run.dir; never: refuse if there is one; or a checkpoint folder
+    resume: str = (
+        "auto"  # auto: the newest complete one in run.dir; never: refuse if there is one; or a checkpoint folder
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from nemotron_train.plan.layout import Layout
 from nemotron_train.platform.device import Platform
 from nemotron_train.platform.ranks import LaunchedRank
 
-Groups = ProcessGroupCollection  # the name the rest of the house uses
+Groups: TypeAlias = ProcessGroupCollection  # the name the rest of the house uses
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def process_groups(
             # Gloo copies of the groups are for NCCL runs; on the CPU the groups are gloo's already.
             create_gloo_process_groups=platform.is_cuda,
         )
-        # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators.
+        # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the
+        # generators.
         model_parallel_cuda_manual_seed(seed)
         yield ProcessGroupCollection.use_mpu_process_groups()
     finally:
@@ -59,10 +61,14 @@ def start_torch_distributed(platform: Platform, me: LaunchedRank, timeout_second
     timeout = timedelta(seconds=timeout_seconds)
     device_id = platform.device if platform.is_cuda else None
     if me.is_launched:
-        dist.init_process_group(platform.backend, timeout=timeout, rank=me.rank, world_size=me.world_size, device_id=device_id)
+        dist.init_process_group(
+            platform.backend, timeout=timeout, rank=me.rank, world_size=me.world_size, device_id=device_id
+        )
     else:
         store = dist.HashStore()
-        dist.init_process_group(platform.backend, timeout=timeout, rank=0, world_size=1, store=store, device_id=device_id)
+        dist.init_process_group(
+            platform.backend, timeout=timeout, rank=0, world_size=1, store=store, device_id=device_id
+        )
 
 
 def check_same_on_all_ranks(fingerprint: str, what: str) -> None:
@@ -76,7 +82,8 @@ def check_same_on_all_ranks(fingerprint: str, what: str) -> None:
     different = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if different:
         raise ConfigError(
-            f"Ranks {different} have another {what} ({fingerprints[different[0]][:12]}) than rank 0 ({fingerprints[0][:12]}). "
+            f"Ranks {different} have another {what} ({fingerprints[different[0]][:12]}) than rank 0 "
+            f"({fingerprints[0][:12]}). "
             "All ranks must see the same recipes, overrides and data."
         )
 

@@ -1,4 +1,5 @@
-"""The only place where our names become Megatron-Core's: `RunPlan` -> TransformerConfig, DDP and optimizer configuration."""
+"""The only place where our names become Megatron-Core's: `RunPlan` -> TransformerConfig, DDP and optimizer
+configuration."""
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -46,7 +47,8 @@ def build_transformer_config(config: RunConfig, num_layers: int, operations: Ope
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size if interleaved else None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # With two interleaved stages both neighbours of a rank are the same rank, and batched sends and receives between
+        # With two interleaved stages both neighbours of a rank are the same rank, and batched sends and receives
+        # between
         # the two get mixed up; overlapped, unbatched ones do not.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=pipelined and not interleaved,

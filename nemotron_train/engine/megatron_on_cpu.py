@@ -3,7 +3,8 @@
 Megatron-Core 0.16 asks for CUDA in three ways, and each gets its CPU answer here:
 1. functions of `torch.cuda` (current device, streams, random state): replaced by CPU equivalents;
 2. tensors made on, or moved to, the device "cuda": a global `TorchFunctionMode` sends them to the CPU;
-3. `Tensor.type()` compared with names such as "torch.cuda.FloatTensor" (optimizers): the same mode answers with those names.
+3. `Tensor.type()` compared with names such as "torch.cuda.FloatTensor" (optimizers): the same mode answers with those
+names.
 
 To be deleted when Megatron-Core takes its device from its caller.
 """
@@ -20,7 +21,8 @@ _CPU = torch.device("cpu")
 
 
 class _NoStream:
-    """Stands in for a CUDA stream or event where all work is done in order: waiting and recording have nothing to do."""
+    """Stands in for a CUDA stream or event where all work is done in order: waiting and recording have nothing to
+    do."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -39,7 +41,9 @@ class _NoStream:
 
 
 def _cpu_if_cuda(device: Any) -> Any:
-    is_cuda = (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+    is_cuda = (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
     return _CPU if is_cuda else device
 
 

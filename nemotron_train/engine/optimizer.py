@@ -1,13 +1,13 @@
-"""Megatron-Core's distributed optimizer: building it, setting its rates, and taking a step that skips non-finite gradients."""
+"""Megatron-Core's distributed optimizer: building it, setting its rates, and taking a step that skips non-finite
+gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
-
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -15,8 +15,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from nemotron_train.engine.wrap import ModelChunk
 
-
-Optimizer = MegatronOptimizer  # the name the rest of the house uses
+Optimizer: TypeAlias = MegatronOptimizer  # the name the rest of the house uses
 
 
 @dataclass(frozen=True)
@@ -26,19 +25,25 @@ class OptimizerStep:
 
 
 class GroupOfParameters(Protocol):
-    """A parameter group by name; `optim/parameter_groups.py` defines them."""
+    """A parameter group, by name; `optim/parameter_groups.py` defines them."""
 
-    name: str
-    decay_factor: float
+    @property
+    def name(self) -> str: ...
+    @property
+    def holds(self) -> Callable[[str], bool]: ...
+    @property
+    def decay_factor(self) -> float: ...
 
-    def holds(self, name: str, /) -> bool: ...
 
-
-def build_optimizer(config: OptimizerConfig, chunks: Sequence[ModelChunk], groups: Sequence[GroupOfParameters]) -> Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, chunks: Sequence[ModelChunk], groups: Sequence[GroupOfParameters]
+) -> Optimizer:
     """Build AdamW on sharded float32 master weights. Parameters in none of `groups` form the default group."""
     overrides = {
         ParamKey(
-            with_name_predicate=ParamWithNamePredicate(name=group.name, fn=lambda parameter, name, group=group: group.holds(name))
+            with_name_predicate=ParamWithNamePredicate(
+                name=group.name, fn=lambda parameter, name, group=group: group.holds(name)
+            )
         ): ParamGroupOverride(wd_mult=group.decay_factor, group_name=group.name)
         for group in groups
     }
@@ -70,9 +75,11 @@ def take_step(optimizer: Optimizer) -> OptimizerStep:
 
 
 def allocate_state(optimizer: Optimizer) -> None:
-    """Give torch's AdamW, which has no state before its first update, moments and step counters to load a checkpoint into.
+    """Give torch's AdamW, which has no state before its first update, moments and step counters to load a checkpoint
+    into.
 
-    Megatron-Core (0.16) asks for the counters before loading, and then forgets to set them parameter by parameter; it has read them from the
+    Megatron-Core (0.16) asks for the counters before loading, and then forgets to set them parameter by parameter; it
+    has read them from the
     parameter groups by then. To be deleted when its `_set_main_param_and_optimizer_states` leaves `step` alone.
     """
     for part in optimizer.chained_optimizers:

@@ -18,7 +18,7 @@ def run_micro_batches(
     micro_batch_size: int,
     seq_length: int,
     forward_only: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Any]:
     """Take one step's micro-batches through all model chunks of this rank.
 
     Args:

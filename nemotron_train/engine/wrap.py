@@ -2,18 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-
-ModelChunk = DistributedDataParallel  # the name the rest of the house uses
+ModelChunk: TypeAlias = DistributedDataParallel  # the name the rest of the house uses
 
 
 def wrap_in_data_parallel(
-    chunks: Sequence[MegatronModule], config: TransformerConfig, ddp_config: DistributedDataParallelConfig, groups: ProcessGroupCollection
+    chunks: Sequence[MegatronModule],
+    config: TransformerConfig,
+    ddp_config: DistributedDataParallelConfig,
+    groups: ProcessGroupCollection,
 ) -> list[ModelChunk]:
     """Give every chunk gradient buffers that are reduced over data-parallel ranks."""
     wrapped = [
@@ -35,7 +38,8 @@ def zero_gradients(chunks: Sequence[ModelChunk]) -> None:
 
 @contextmanager
 def weights_complete(chunks: Sequence[ModelChunk]) -> Iterator[None]:
-    """Make sure that every rank holds whole, current weights: with overlapped gathers they arrive only in the next training forward pass."""
+    """Make sure that every rank holds whole, current weights: with overlapped gathers they arrive only in the next
+    training forward pass."""
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)

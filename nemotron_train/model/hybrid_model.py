@@ -1,4 +1,5 @@
-"""One pipeline chunk of the hybrid model: embedding (first chunk), its layers, final norm and output layer (last chunk)."""
+"""One pipeline chunk of the hybrid model: embedding (first chunk), its layers, final norm and output layer (last
+chunk)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class ChunkPlace:
 
 
 class NumberedLayers(nn.Module):
-    """Layers stored under their number in the whole model, so that a parameter's name means the same on every pipeline stage."""
+    """Layers stored under their number in the whole model, so that a parameter's name means the same on every pipeline
+    stage."""
 
     def __init__(self, layers: dict[int, MegatronModule]) -> None:
         super().__init__()
@@ -62,7 +64,10 @@ class HybridStack(MegatronModule):
         self.tp_group = groups.tp
         numbered = enumerate(place.kinds, start=place.first_layer)
         self.layers = NumberedLayers(
-            {number: build_layer(kind, number, config, run.model, parts, operations, groups) for number, kind in numbered}
+            {
+                number: build_layer(kind, number, config, run.model, parts, operations, groups)
+                for number, kind in numbered
+            }
         )
         self.final_norm = parts.norm(config, config.hidden_size) if place.is_last else None
 
@@ -74,7 +79,8 @@ class HybridStack(MegatronModule):
 
 
 class HybridModel(LanguageModule):
-    """A chunk as Megatron-Core's schedules expect it: input tensor from the previous chunk, loss per token from the last one."""
+    """A chunk as Megatron-Core's schedules expect it: input tensor from the previous chunk, loss per token from the
+    last one."""
 
     def __init__(
         self,
@@ -121,7 +127,8 @@ class HybridModel(LanguageModule):
             labels_BS: next-token ids for the last chunk; without them it returns logits.
 
         Returns:
-            the hidden state x_sBD for the next chunk; from the last chunk loss_BS in nats per token (float32), or logits_BSv.
+            the hidden state x_sBD for the next chunk; from the last chunk loss_BS in nats per token (float32), or
+            logits_BSv.
         """
         if self.pre_process:
             x_sBD = self.embedding(input_ids=tokens_BS, position_ids=None)

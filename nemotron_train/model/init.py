@@ -1,7 +1,9 @@
 """Initial weights, as a function of (seed, parameter name) alone: every layout starts from the same model.
 
-Sources: normal(init_std) and the scaled output projections are Megatron-Core's (`init_method_normal`, `scaled_init_method_normal` with
-`is_hybrid_model`); convolution, dt_bias, A_log and D are Mamba-2's (arXiv 2405.21060 and its released code), as Megatron-Core's mixer has them.
+Sources: normal(init_std) and the scaled output projections are Megatron-Core's (`init_method_normal`,
+`scaled_init_method_normal` with
+`is_hybrid_model`); convolution, dt_bias, A_log and D are Mamba-2's (arXiv 2405.21060 and its released code), as
+Megatron-Core's mixer has them.
 """
 
 import hashlib
@@ -18,20 +20,26 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # softplus(dt_bias) starts log-unif
 A_RANGE = (1.0, 16.0)  # -A starts uniform in this range
 
 
-def initialize_weights(chunk: nn.Module, model: ModelSection, *, seed: int, num_layers: int, tp_rank: int, tp_size: int) -> None:
-    """Fill this rank's parameters in place and mark those that are split. `num_layers` is the depth of the whole model."""
+def initialize_weights(
+    chunk: nn.Module, model: ModelSection, *, seed: int, num_layers: int, tp_rank: int, tp_size: int
+) -> None:
+    """Fill this rank's parameters in place and mark those that are split. `num_layers` is the depth of the whole
+    model."""
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             rule = rule_for(name)
             # A tied output layer on the last pipeline stage is a copy of the embedding.
-            source = "embedding.word_embeddings.weight" if model.tied_embeddings and name == "output_layer.weight" else name
+            source = (
+                "embedding.word_embeddings.weight" if model.tied_embeddings and name == "output_layer.weight" else name
+            )
             generator = torch.Generator(device=parameter.device).manual_seed(_seed_of(seed, source))
             shape = list(parameter.shape)
             if rule.split_dim is not None:
                 shape[rule.split_dim] *= tp_size
             whole = _draw(rule.start, shape, model, num_layers, generator)
             parameter.copy_(take_shard(whole, rule, model, tp_rank, tp_size))
-            # The gradient norm counts a parameter on every tensor-parallel rank if it is marked as split, else on the first.
+            # The gradient norm counts a parameter on every tensor-parallel rank if it is marked as split, else on the
+            # first.
             set_tensor_model_parallel_attributes(parameter, rule.split_dim is not None, rule.split_dim or 0, 1)
 
 

@@ -1,4 +1,5 @@
-"""The three layer kinds of the pattern. Each normalises its input inside its first projection and adds its output to the residual."""
+"""The three layer kinds of the pattern. Each normalises its input inside its first projection and adds its output to
+the residual."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -19,7 +20,12 @@ from nemotron_train.plan.pattern import LayerKind
 
 class MambaLayer(MegatronModule):
     def __init__(
-        self, config: TransformerConfig, model: ModelSection, parts: LayerParts, operations: Operations, groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        model: ModelSection,
+        parts: LayerParts,
+        operations: Operations,
+        groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
         self.mixer = Mamba2Mixer(config, model, parts, operations, groups)
@@ -29,12 +35,16 @@ class MambaLayer(MegatronModule):
 
 
 class AttentionLayer(MegatronModule):
-    def __init__(self, config: TransformerConfig, layer_number: int, parts: LayerParts, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, parts: LayerParts, groups: ProcessGroupCollection
+    ) -> None:
         super().__init__(config)
         submodules = SelfAttentionSubmodules(
             linear_qkv=parts.norm_column_linear, core_attention=parts.core_attention, linear_proj=parts.row_linear
         )
-        self.self_attention = SelfAttention(config, submodules, layer_number, attn_mask_type=AttnMaskType.causal, pg_collection=groups)
+        self.self_attention = SelfAttention(
+            config, submodules, layer_number, attn_mask_type=AttnMaskType.causal, pg_collection=groups
+        )
 
     def forward(self, x_sBD: Tensor) -> Tensor:
         out_sBD, _ = self.self_attention(x_sBD, attention_mask=None)

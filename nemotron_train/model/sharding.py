@@ -11,16 +11,25 @@ from torch import Tensor, nn
 from nemotron_train.model.names import PART_NAMES, rule_for
 
 
-def sharded_parameters(module: nn.Module, prefix: str, tp_group: torch.distributed.ProcessGroup, metadata: dict | None) -> dict:
+def sharded_parameters(
+    module: nn.Module, prefix: str, tp_group: torch.distributed.ProcessGroup, metadata: dict | None
+) -> dict:
     """Shard the parameters of a module that is no parallel linear (those bring their own method), by `names.py`."""
     metadata = ensure_metadata_has_dp_cp_group(metadata)
-    own = {name: parameter for name, parameter in module.named_parameters() if not name.startswith(("in_proj.", "out_proj."))}
+    own = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if not name.startswith(("in_proj.", "out_proj."))
+    }
     split_dims = {name: rule.split_dim for name in own if (rule := rule_for(prefix + name)).split_dim is not None}
-    return make_sharded_tensors_for_checkpoint(own, prefix, split_dims, (), tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"])
+    return make_sharded_tensors_for_checkpoint(
+        own, prefix, split_dims, (), tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
+    )
 
 
 def shard_packed(whole: ShardedTensor, parts: str, rows: list[int]) -> ShardedTensorFactory:
-    """Store a packed parameter as one tensor per part (`NAME.z`, `NAME.x`, …), which Megatron-Core also does for its optimizer state.
+    """Store a packed parameter as one tensor per part (`NAME.z`, `NAME.x`, …), which Megatron-Core also does for its
+    optimizer state.
 
     Args:
         whole: this rank's packed shard.
@@ -31,7 +40,9 @@ def shard_packed(whole: ShardedTensor, parts: str, rows: list[int]) -> ShardedTe
 
     @torch.no_grad()
     def build(key: str, tensor: Tensor, replica_id: tuple, flattened_range: slice | None) -> list[ShardedTensor]:
-        packed = replace(template, key=key, data=tensor, dtype=tensor.dtype, replica_id=replica_id, flattened_range=flattened_range)
+        packed = replace(
+            template, key=key, data=tensor, dtype=tensor.dtype, replica_id=replica_id, flattened_range=flattened_range
+        )
         shards, start = [], 0
         for part, count in zip(parts, rows, strict=True):
             for shard in packed.narrow(0, start, count):
@@ -45,5 +56,3 @@ def shard_packed(whole: ShardedTensor, parts: str, rows: list[int]) -> ShardedTe
         return torch.cat(tensors)
 
     return ShardedTensorFactory(whole.key, whole.data, build, merge, whole.replica_id)
-
-

@@ -33,7 +33,8 @@ def choose_platform(me: LaunchedRank) -> Platform:
         if me.local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"Local rank {me.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. "
-                "Start at most one rank per GPU (--nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU."
+                "Start at most one rank per GPU (--nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to "
+                "train on the CPU."
             )
         torch.cuda.set_device(me.local_rank)
         return Platform(device=torch.device("cuda", me.local_rank), backend="nccl")

@@ -1,6 +1,7 @@
 """What a user sees when a rank fails: the first cause once, and from the other ranks one line each.
 
-When one rank dies, the others fail a moment later with lost connections. Failing ranks therefore ask the launcher's store who was first.
+When one rank dies, the others fail a moment later with lost connections. Failing ranks therefore ask the launcher's
+store who was first.
 """
 
 import logging
@@ -17,13 +18,21 @@ logger = logging.getLogger(__name__)
 
 _COUNT, _CAUSE = "nemotron_train/failed_ranks", "nemotron_train/first_cause"
 _STORE_TIMEOUT = timedelta(seconds=5)
-_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "NCCL communicator was aborted")
+_LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
 
 
 def report_failure(error: BaseException, me: LaunchedRank) -> None:
     """Say why this rank fails: in full if it is the first to, else in one line that names the first cause."""
     lost = _lost_connection(error)
-    summary = "lost its connection to another rank, which died or was killed" if lost else f"{type(error).__name__}: {error}"
+    summary = (
+        "lost its connection to another rank, which died or was killed" if lost else f"{type(error).__name__}: {error}"
+    )
     first = _first_cause(f"rank {me.rank}: {summary}", me) if me.world_size > 1 else None
     if first is not None:
         logger.error("Stopping, because another rank failed first (%s).", first)
@@ -54,11 +63,17 @@ def _first_cause(summary: str, me: LaunchedRank) -> str | None:
     try:
         store = dist.PrefixStore(
             f"attempt_{attempt}",
-            dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT),
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
+            ),
         )
         if store.add(_COUNT, 1) == 1:
             store.set(_CAUSE, summary)
             return None
         return store.get(_CAUSE).decode()
-    except (RuntimeError, ValueError, KeyError):  # torch's store errors are RuntimeErrors: the host of the store is gone
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ):  # torch's store errors are RuntimeErrors: the host of the store is gone
         return None

@@ -1,4 +1,5 @@
-"""Which process of the launch this is: the only reader of the environment variables that torchrun and Slurm's launcher set."""
+"""Which process of the launch this is: the only reader of the environment variables that torchrun and Slurm's launcher
+set."""
 
 import os
 from dataclasses import dataclass
@@ -32,8 +33,12 @@ def launched_rank() -> LaunchedRank:
         return LaunchedRank(rank=0, world_size=1, local_rank=0)
     missing = [name for name in names if name not in found]
     if missing:
-        raise ConfigError(f"The environment sets {', '.join(found)} but not {', '.join(missing)}. Start with torchrun, or unset them.")
+        raise ConfigError(
+            f"The environment sets {', '.join(found)} but not {', '.join(missing)}. Start with torchrun, or unset them."
+        )
     try:
-        return LaunchedRank(rank=int(found["RANK"]), world_size=int(found["WORLD_SIZE"]), local_rank=int(found["LOCAL_RANK"]))
+        return LaunchedRank(
+            rank=int(found["RANK"]), world_size=int(found["WORLD_SIZE"]), local_rank=int(found["LOCAL_RANK"])
+        )
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, not {found}.") from error

@@ -7,7 +7,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """The first stop signal this process received. Later ones change nothing: launchers pass on a Ctrl-C that the process got already."""
+    """The first stop signal this process received. Later ones change nothing: launchers pass on a Ctrl-C that the
+    process got already."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None

@@ -1,4 +1,5 @@
-"""What a user sees when something goes wrong in a real torchrun launch: one clear cause, a non-zero exit within seconds, and older checkpoints intact."""
+"""What a user sees when something goes wrong in a real torchrun launch: one clear cause, a non-zero exit within
+seconds, and older checkpoints intact."""
 
 import os
 import signal
@@ -51,7 +52,9 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 @pytest.fixture
 def config_path(corpus: Path, tmp_path: Path) -> Path:
     """A run of many steps that saves at steps 4 and 8, …"""
-    config = small_config(corpus, tmp_path / "run", steps=2_000, checkpoint={"every_steps": 4}, data={"max_epochs": 1e3})
+    config = small_config(
+        corpus, tmp_path / "run", steps=2_000, checkpoint={"every_steps": 4}, data={"max_epochs": 1e3}
+    )
     write_resolved(config, tmp_path / "config.yaml")
     return tmp_path / "config.yaml"
 
@@ -99,7 +102,8 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(config_path: Path, tmp
 
 
 def test_a_full_disk_fails_the_save_and_keeps_what_is_there(config_path: Path, tmp_path: Path) -> None:
-    """Fails if a save that cannot finish is reported as success, leaves its temporary folder, or harms an older checkpoint."""
+    """Fails if a save that cannot finish is reported as success, leaves its temporary folder, or harms an older
+    checkpoint."""
     process = start(config_path, 2, "full disk after step 6")
     output = finish(process)
     assert process.returncode != 0

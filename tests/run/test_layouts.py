@@ -36,9 +36,18 @@ class Runs:
         self._ranks, self._corpus, self._folder, self._count = ranks, corpus, folder, 0
         self.curve = cache(self._curve)
 
-    def _curve(self, world_size: int, layout: tuple[tuple[str, Any], ...], micro_batch_size: int, changes: tuple[tuple[str, str, Any], ...] = ()) -> Curve:
+    def _curve(
+        self,
+        world_size: int,
+        layout: tuple[tuple[str, Any], ...],
+        micro_batch_size: int,
+        changes: tuple[tuple[str, str, Any], ...] = (),
+    ) -> Curve:
         self._count += 1
-        sections: dict[str, dict[str, Any]] = {"parallel": dict(layout), "train": {"micro_batch_size": micro_batch_size}}
+        sections: dict[str, dict[str, Any]] = {
+            "parallel": dict(layout),
+            "train": {"micro_batch_size": micro_batch_size},
+        }
         for section, key, value in changes:
             sections.setdefault(section, {})[key] = value
         config = small_config(self._corpus, self._folder / f"run{self._count}", **sections)

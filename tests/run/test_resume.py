@@ -25,7 +25,9 @@ def straight(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("stop_step", [1, 7, 10, 11])  # 10: the step at which the second phase begins
-def test_a_run_that_stopped_goes_on_bitwise(ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float], stop_step: int) -> None:
+def test_a_run_that_stopped_goes_on_bitwise(
+    ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float], stop_step: int
+) -> None:
     """Fails if a checkpoint forgets weights, moments, the step of AdamW, or the place in the data."""
     config = small_config(corpus, tmp_path, steps=STEPS)
     ranks.run(train, 2, config, stop_step)
@@ -35,7 +37,8 @@ def test_a_run_that_stopped_goes_on_bitwise(ranks: RankPool, corpus: Path, tmp_p
 
 
 def test_bf16_resumes_bitwise_from_its_float32_master_weights(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
-    """Fails if a resume starts from weights rounded to bf16, or mixes the master weights of one group with another's."""
+    """Fails if a resume starts from weights rounded to bf16, or mixes the master weights of one group with
+    another's."""
     from nemotron_train.config.schema import PrecisionFormat
 
     curves = []
@@ -47,7 +50,9 @@ def test_bf16_resumes_bitwise_from_its_float32_master_weights(ranks: RankPool, c
     assert curves[0] == curves[1]
 
 
-def test_the_number_of_data_parallel_ranks_may_change(ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]) -> None:
+def test_the_number_of_data_parallel_ranks_may_change(
+    ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]
+) -> None:
     """Fails if one rank, then four, then two read other tokens than two ranks from start to end."""
     config = small_config(corpus, tmp_path, steps=STEPS)
     for world_size, stop_step in ((1, 3), (4, 8), (2, None)):

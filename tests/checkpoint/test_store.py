@@ -1,0 +1,174 @@
+"""Is what a checkpoint holds what Megatron-Core would store, and does every number survive any change of layout?"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nemotron_train.checkpoint.commit import read_commit
+from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint
+from nemotron_train.checkpoint.whole_weights import read_whole_weights
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.errors import CheckpointError
+from nemotron_train.runtime import Progress
+from nemotron_train.step import train_step
+from tests.engine.live import Arrays, live_run, micro_batches, random_samples, weights_of
+from tests.model.whole import join_ranks
+from tests.ranks import RankPool
+from tests.small_runs import small_config
+
+# Megatron-Core 0.16.1: the sharded state of `MambaModel` with the specification of `mamba_layer_specs.py` (Transformer Engine layers),
+# for the pattern "M*-"; packed rows as `MambaMixer.sharded_state_dict` splits them.
+MODEL_KEYS = {
+    "embedding.word_embeddings.weight",
+    "decoder.layers.0.mixer.in_proj.layer_norm_weight",
+    "decoder.layers.0.mixer.in_proj.weight.z",
+    "decoder.layers.0.mixer.in_proj.weight.x",
+    "decoder.layers.0.mixer.in_proj.weight.B",
+    "decoder.layers.0.mixer.in_proj.weight.C",
+    "decoder.layers.0.mixer.in_proj.weight.dt",
+    "decoder.layers.0.mixer.conv1d.weight.x",
+    "decoder.layers.0.mixer.conv1d.weight.B",
+    "decoder.layers.0.mixer.conv1d.weight.C",
+    "decoder.layers.0.mixer.conv1d.bias.x",
+    "decoder.layers.0.mixer.conv1d.bias.B",
+    "decoder.layers.0.mixer.conv1d.bias.C",
+    "decoder.layers.0.mixer.dt_bias",
+    "decoder.layers.0.mixer.A_log",
+    "decoder.layers.0.mixer.D",
+    "decoder.layers.0.mixer.norm.weight",
+    "decoder.layers.0.mixer.out_proj.weight",
+    "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight",
+    "decoder.layers.1.self_attention.linear_qkv.weight",
+    "decoder.layers.1.self_attention.linear_proj.weight",
+    "decoder.layers.2.mlp.linear_fc1.layer_norm_weight",
+    "decoder.layers.2.mlp.linear_fc1.weight",
+    "decoder.layers.2.mlp.linear_fc2.weight",
+    "decoder.final_norm.weight",
+    "output_layer.weight",
+}
+PARTS_OF_OPTIMIZER = ("optimizer.state.param.", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+
+TP2 = {"tensor_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_parallel_size": 2}
+
+
+def config_of(run_dir: Path, parallel: Mapping[str, Any], pattern: str = "M*-") -> RunConfig:
+    return small_config(Path("unused"), run_dir, model={"layer_pattern": pattern}, parallel=dict(parallel))
+
+
+def start_and_save(config: RunConfig, start: Path | None, steps: int) -> Arrays:
+    """Load `start` if given, take steps, save; returns this rank's weights as saved."""
+    with live_run(config) as run:
+        first = 1 if start is None else load_checkpoint(run, start, lambda commit: None).step
+        for step in range(first, first + steps):
+            mine = micro_batches(random_samples(step, 8, config), 2, run.groups.dp.rank(), run.groups.dp.size())
+            assert train_step(run, mine, consumed_tokens=step * 256).updated
+        save_checkpoint(run, Progress(step=first + steps, consumed_tokens=256 * (first + steps), skipped_steps=2), data_hash="hash")
+        return weights_of(run)
+
+
+def saved(run_dir: Path) -> Path:
+    [folder] = (run_dir / "checkpoints").iterdir()
+    return folder
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint as torch's own reader sees it."""
+    reader = FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def four_ranks(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Arrays]]:
+    """A checkpoint of TP 2 x PP 2 after two steps, and the weights that each rank held."""
+    run_dir = tmp_path_factory.mktemp("four")
+    return run_dir, ranks.run(start_and_save, 4, config_of(run_dir, {**TP2, **PP2}), None, 2)
+
+
+def test_stored_keys_are_those_of_megatron_core(four_ranks: tuple[Path, list[Arrays]]) -> None:
+    """Fails if Megatron-Core would not find a weight of ours, or we would not find one of its."""
+    tensors = stored_tensors(saved(four_ranks[0]))
+    assert {key for key in tensors if not key.startswith("optimizer.")} == MODEL_KEYS
+    for part in PARTS_OF_OPTIMIZER:
+        assert {key.removeprefix(part) for key in tensors if key.startswith(part)} == MODEL_KEYS
+
+
+def test_a_commit_describes_the_run(four_ranks: tuple[Path, list[Arrays]]) -> None:
+    """Fails if a resume would read another step, token count or model than was saved."""
+    commit = read_commit(saved(four_ranks[0]))
+    assert (commit.step, commit.consumed_tokens, commit.skipped_steps, commit.data_hash) == (3, 768, 2, "hash")
+    assert commit.layout == {"world_size": 4, "tensor": 2, "context": 1, "pipeline": 2, "virtual_pipeline": 1}
+    assert commit.model["layer_pattern"] == "M*-"
+    assert commit.versions["torch"] == torch.__version__
+
+
+def test_whole_weights_are_those_that_the_ranks_held(four_ranks: tuple[Path, list[Arrays]]) -> None:
+    """Fails if reading without ranks puts the parts of a packed parameter in another order, or takes a moment for a weight."""
+    run_dir, held = four_ranks
+    expected = join_ranks(held, 2, config_of(run_dir, {}).model)
+    whole = read_whole_weights(saved(run_dir))
+    assert whole.keys() == expected.keys()
+    assert all(np.array_equal(whole[name].numpy(), expected[name]) for name in expected)
+
+
+def test_weights_and_moments_survive_any_change_of_layout(
+    ranks: RankPool, tmp_path: Path, four_ranks: tuple[Path, list[Arrays]]
+) -> None:
+    """Fails if a weight, master weight or moment comes back as another's, or changed in any bit, under another layout."""
+    before = stored_tensors(saved(four_ranks[0]))
+    for part in PARTS_OF_OPTIMIZER:
+        for key in MODEL_KEYS:
+            assert before[part + key].isfinite().all(), key
+            assert before[part + key].any(), f"{part + key} has nothing to lose"
+    start = saved(four_ranks[0])
+    layouts: list[tuple[str, int, dict[str, Any]]] = [("tp2", 2, TP2), ("pp2", 2, PP2), ("tp2 again", 2, TP2), ("dp2", 2, {}), ("alone", 1, {})]
+    for name, world_size, parallel in layouts:
+        ranks.run(start_and_save, world_size, config_of(tmp_path / name, parallel), start, 0)
+        start = saved(tmp_path / name)
+        after = stored_tensors(start)
+        assert after.keys() == before.keys(), name
+        assert [key for key in before if not torch.equal(before[key], after[key])] == [], name
+
+
+def load_errors(config: RunConfig, folders: list[Path]) -> list[str]:
+    """What loading each folder into this model says."""
+    messages = []
+    with live_run(config) as run:
+        for folder in folders:
+            try:
+                load_checkpoint(run, folder, lambda commit: None)
+            except CheckpointError as error:
+                messages.append(str(error))
+            else:
+                messages.append("loaded")
+    return messages
+
+
+def test_a_checkpoint_of_another_model_or_in_pieces_is_an_error_in_words(
+    ranks: RankPool, tmp_path: Path, four_ranks: tuple[Path, list[Arrays]]
+) -> None:
+    """Fails if weights of another shape are taken, missing layers stay at their first values, or the user sees a bug of ours."""
+    folder = saved(four_ranks[0])
+    longer = config_of(tmp_path, {}, pattern="M*-M")
+    assert "Cannot load" in ranks.run(load_errors, 1, longer, [folder])[0][0]
+    wider = replace(longer, model=replace(config_of(tmp_path, {}).model, ffn_hidden_size=128))
+    assert "Cannot load" in ranks.run(load_errors, 1, wider, [folder])[0][0]
+    same = config_of(tmp_path, {})
+    assert ranks.run(load_errors, 1, same, [folder])[0] == ["loaded"]

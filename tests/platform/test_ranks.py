@@ -1,0 +1,48 @@
+"""Which rank does a process take itself for, from what a launcher left in its environment?"""
+
+import pytest
+
+from nemotron_train.errors import ConfigError
+from nemotron_train.platform.ranks import LaunchedRank, launched_rank
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_launcher_a_process_is_alone() -> None:
+    """Fails if `python -m nemotron_train.train` by itself waits for a rendezvous."""
+    me = launched_rank()
+    assert me == LaunchedRank(rank=0, world_size=1, local_rank=0)
+    assert not me.is_launched
+
+
+def test_a_launcher_says_which_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the three numbers change places: a rank of the second node has another local rank."""
+    for name, value in zip(NAMES, ("11", "16", "3", "node-a"), strict=True):
+        monkeypatch.setenv(name, value)
+    me = launched_rank()
+    assert (me.rank, me.world_size, me.local_rank) == (11, 16, 3)
+    assert me.is_launched
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "sets RANK but not WORLD_SIZE, LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "sets RANK, WORLD_SIZE but not LOCAL_RANK"),
+        ({"LOCAL_RANK": "1"}, "sets LOCAL_RANK but not RANK, WORLD_SIZE"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "whole numbers.*'one'"),
+        ({"RANK": "", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "whole numbers"),
+    ],
+)
+def test_half_a_launch_is_refused(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
+    """Fails if left-over variables of another job make a process rank 0 of 1 without a word."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        launched_rank()
