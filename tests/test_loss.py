@@ -1,7 +1,7 @@
-"""Is the loss, and its gradient, the mean over the real tokens of the whole batch, however these are cut up? The same for evaluation."""
+"""Is the loss, and its gradient, the mean over the real tokens of the whole batch, however these are cut up? The same
+for evaluation."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def hand_batch() -> Batch:
 
 
 def test_sums_by_source_equal_a_hand_count() -> None:
-    """Fails if padding counts, or a sample's loss goes to another source: nats 1+2 and 16 to source 2, 4 to source 0."""
+    """Fails if padding counts, or a sample's loss goes to another source: nats 1+2 and 16 to source 2, 4 to source
+    0."""
     loss_BS = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]], requires_grad=True)
     total, count, report = sum_losses(loss_BS, batch=hand_batch(), num_sources=3)
     total.backward()
@@ -77,7 +78,10 @@ def loss_and_gradients(configs: dict[int, RunConfig]) -> dict[int, tuple[MeanLos
 def test_micro_batch_size_changes_neither_loss_nor_gradient(ranks: RankPool) -> None:
     """Fails if a micro-batch with few real tokens weighs as much as a full one, in the gradient or in the report."""
     model = {"layer_pattern": "M*-", "init_std": 0.2}
-    configs = {size: small_config(Path("unused"), Path("unused"), model=model, train={"micro_batch_size": size}) for size in (1, 2, 4)}
+    configs = {
+        size: small_config(Path("unused"), Path("unused"), model=model, train={"micro_batch_size": size})
+        for size in (1, 2, 4)
+    }
     [found] = ranks.run(loss_and_gradients, 1, configs)
     samples = random_samples(4, 8, configs[1], real_tokens=REAL_TOKENS)
     reference = reference_with(found[1][2], configs[1].model)
@@ -107,12 +111,18 @@ def evaluate_twice(config: RunConfig) -> tuple[list[MeanLoss], Arrays, bool]:
     """Held-out losses before and after two training steps; the weights at the end; whether the model still trains."""
     data, means = open_run_data(config), []
     with live_run(config) as run:
-        share = RankShare(dp_rank=run.groups.dp.rank(), dp_size=run.groups.dp.size(), micro_batch_size=config.train.micro_batch_size)
+        share = RankShare(
+            dp_rank=run.groups.dp.rank(), dp_size=run.groups.dp.size(), micro_batch_size=config.train.micro_batch_size
+        )
         heldout = list(heldout_batches(data.heldout, config.train.eval_tokens, SEQ, share))
         means.append(evaluate(run, heldout))
         for step in (3, 4):  # past the first step, whose rate is 0
             samples = random_samples(step, 8, config)
-            train_step(run, micro_batches(samples, config.train.micro_batch_size, share.dp_rank, share.dp_size), consumed_tokens=step * 256)
+            train_step(
+                run,
+                micro_batches(samples, config.train.micro_batch_size, share.dp_rank, share.dp_size),
+                consumed_tokens=step * 256,
+            )
         means.append(evaluate(run, heldout))
         again = evaluate(run, heldout)
         assert (again.loss, again.tokens) == (means[1].loss, means[1].tokens), "evaluation must change nothing"
@@ -156,7 +166,8 @@ def heldout_reference(corpus: Path, weights: Arrays) -> float:
 def test_evaluation_is_the_mean_over_the_real_windows(
     ranks: RankPool, corpus: Path, alone: tuple[list[MeanLoss], Arrays, bool], micro_batch_size: int
 ) -> None:
-    """Fails if rows of padding count (35 windows are 9 micro-batches of 4), a window is left out, or evaluation changes the model."""
+    """Fails if rows of padding count (35 windows are 9 micro-batches of 4), a window is left out, or evaluation changes
+    the model."""
     means, weights, still_training = alone
     if micro_batch_size != 1:
         means, weights, still_training = ranks.run(evaluate_twice, 1, heldout_config(corpus, {}, micro_batch_size))[0]
@@ -172,7 +183,8 @@ def test_evaluation_is_the_mean_over_the_real_windows(
 def test_evaluation_does_not_depend_on_the_layout(
     ranks: RankPool, corpus: Path, alone: tuple[list[MeanLoss], Arrays, bool], layout: str
 ) -> None:
-    """Fails if a rank's share counts twice, uneven shares end unevenly, or weights are used that other ranks updated since."""
+    """Fails if a rank's share counts twice, uneven shares end unevenly, or weights are used that other ranks updated
+    since."""
     world_size, parallel = LAYOUTS[layout]
     for means, _, still_training in ranks.run(evaluate_twice, world_size, heldout_config(corpus, parallel)):
         assert [mean.tokens for mean in means] == [WINDOWS * SEQ] * 2

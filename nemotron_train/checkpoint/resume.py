@@ -65,7 +65,7 @@ def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan) -> Non
     if different:
         raise CheckpointError(f"The checkpoint of step {commit.step} is of another model ({'; '.join(different)}).")
     now = blend.past_hash(commit.consumed_tokens)
-    if now != commit.data_hash:
+    if commit.consumed_tokens and now != commit.data_hash:  # imported weights have no past
         raise CheckpointError(
             f"The first {commit.consumed_tokens} tokens would be others now than those the checkpoint of step "
             f"{commit.step} was trained on "

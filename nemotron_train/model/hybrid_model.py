@@ -46,6 +46,13 @@ class NumberedLayers(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return self.children()
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Ask every layer: Megatron-Core takes a module that cannot say how it is split for the same on all ranks."""
+        state: dict = {}
+        for number, layer in self.named_children():
+            state.update(layer.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata))
+        return state
+
 
 class HybridStack(MegatronModule):
     """The layers of one chunk, and the final norm on the last one."""

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_train.checkpoint.commit import COMMIT_FILE, Commit, commit_folder, newest_checkpoint, read_commit, start_folder, step_folder
+from nemotron_train.checkpoint.commit import (
+    COMMIT_FILE,
+    Commit,
+    commit_folder,
+    newest_checkpoint,
+    read_commit,
+    start_folder,
+    step_folder,
+)
 from nemotron_train.checkpoint.resume import choose_checkpoint
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.errors import CheckpointError, ConfigError
@@ -21,8 +29,8 @@ def write_checkpoint(checkpoints: Path, step: int) -> Path:
     (temporary / "part" / "weights").write_bytes(b"w" * step)
     (temporary / "metadata").write_bytes(b"m" * 7)
     return commit_folder(
-        temporary, step=step, consumed_tokens=256 * step, skipped_steps=1, model={"hidden_size": 8}, config_fingerprint="f",
-        data_hash="d", layout={"tensor": 2}, versions={"torch": "2"},
+        temporary, step=step, consumed_tokens=256 * step, skipped_steps=1, model={"hidden_size": 8},
+        config_fingerprint="f", data_hash="d", layout={"tensor": 2}, versions={"torch": "2"},
     )  # fmt: skip
 
 
@@ -102,7 +110,8 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
-    """Fails if an incomplete checkpoint is loaded, ends the run although an older one is good, or is passed over in silence."""
+    """Fails if an incomplete checkpoint is loaded, ends the run although an older one is good, or is passed over in
+    silence."""
     checkpoints = tmp_path / "checkpoints"
     for step in (9, 10, 20):
         write_checkpoint(checkpoints, step)
@@ -137,6 +146,7 @@ def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:
     (tmp_path / "step_000000200.moved").mkdir()
     (tmp_path / "step_abc").mkdir()
     assert newest_checkpoint(tmp_path) == (step_folder(tmp_path, 100), [])
+    step_folder(tmp_path, 30).rename(step_folder(tmp_path, 999_999_999))
     step_folder(tmp_path, 7).rename(step_folder(tmp_path, 1_000_000_000))  # one digit more than the names are padded to
     assert newest_checkpoint(tmp_path)[0] == step_folder(tmp_path, 1_000_000_000)
 

@@ -24,7 +24,8 @@ from tests.model.whole import join_ranks
 from tests.ranks import RankPool
 from tests.small_runs import small_config
 
-# Megatron-Core 0.16.1: the sharded state of `MambaModel` with the specification of `mamba_layer_specs.py` (Transformer Engine layers),
+# Megatron-Core 0.16.1: the sharded state of `MambaModel` with the specification of `mamba_layer_specs.py` (Transformer
+# Engine layers),
 # for the pattern "M*-"; packed rows as `MambaMixer.sharded_state_dict` splits them.
 MODEL_KEYS = {
     "embedding.word_embeddings.weight",
@@ -71,7 +72,9 @@ def start_and_save(config: RunConfig, start: Path | None, steps: int) -> Arrays:
         for step in range(first, first + steps):
             mine = micro_batches(random_samples(step, 8, config), 2, run.groups.dp.rank(), run.groups.dp.size())
             assert train_step(run, mine, consumed_tokens=step * 256).updated
-        save_checkpoint(run, Progress(step=first + steps, consumed_tokens=256 * (first + steps), skipped_steps=2), data_hash="hash")
+        save_checkpoint(
+            run, Progress(step=first + steps, consumed_tokens=256 * (first + steps), skipped_steps=2), data_hash="hash"
+        )
         return weights_of(run)
 
 
@@ -120,7 +123,8 @@ def test_a_commit_describes_the_run(four_ranks: tuple[Path, list[Arrays]]) -> No
 
 
 def test_whole_weights_are_those_that_the_ranks_held(four_ranks: tuple[Path, list[Arrays]]) -> None:
-    """Fails if reading without ranks puts the parts of a packed parameter in another order, or takes a moment for a weight."""
+    """Fails if reading without ranks puts the parts of a packed parameter in another order, or takes a moment for a
+    weight."""
     run_dir, held = four_ranks
     expected = join_ranks(held, 2, config_of(run_dir, {}).model)
     whole = read_whole_weights(saved(run_dir))
@@ -131,14 +135,21 @@ def test_whole_weights_are_those_that_the_ranks_held(four_ranks: tuple[Path, lis
 def test_weights_and_moments_survive_any_change_of_layout(
     ranks: RankPool, tmp_path: Path, four_ranks: tuple[Path, list[Arrays]]
 ) -> None:
-    """Fails if a weight, master weight or moment comes back as another's, or changed in any bit, under another layout."""
+    """Fails if a weight, master weight or moment comes back as another's, or changed in any bit, under another
+    layout."""
     before = stored_tensors(saved(four_ranks[0]))
     for part in PARTS_OF_OPTIMIZER:
         for key in MODEL_KEYS:
             assert before[part + key].isfinite().all(), key
             assert before[part + key].any(), f"{part + key} has nothing to lose"
     start = saved(four_ranks[0])
-    layouts: list[tuple[str, int, dict[str, Any]]] = [("tp2", 2, TP2), ("pp2", 2, PP2), ("tp2 again", 2, TP2), ("dp2", 2, {}), ("alone", 1, {})]
+    layouts: list[tuple[str, int, dict[str, Any]]] = [
+        ("tp2", 2, TP2),
+        ("pp2", 2, PP2),
+        ("tp2 again", 2, TP2),
+        ("dp2", 2, {}),
+        ("alone", 1, {}),
+    ]
     for name, world_size, parallel in layouts:
         ranks.run(start_and_save, world_size, config_of(tmp_path / name, parallel), start, 0)
         start = saved(tmp_path / name)
@@ -164,7 +175,8 @@ def load_errors(config: RunConfig, folders: list[Path]) -> list[str]:
 def test_a_checkpoint_of_another_model_or_in_pieces_is_an_error_in_words(
     ranks: RankPool, tmp_path: Path, four_ranks: tuple[Path, list[Arrays]]
 ) -> None:
-    """Fails if weights of another shape are taken, missing layers stay at their first values, or the user sees a bug of ours."""
+    """Fails if weights of another shape are taken, missing layers stay at their first values, or the user sees a bug of
+    ours."""
     folder = saved(four_ranks[0])
     longer = config_of(tmp_path, {}, pattern="M*-M")
     assert "Cannot load" in ranks.run(load_errors, 1, longer, [folder])[0][0]

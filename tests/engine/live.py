@@ -1,4 +1,5 @@
-"""Live objects for tests, inside a rank of the pool: groups, runtimes, batches, and weights and gradients as plain arrays."""
+"""Live objects for tests, inside a rank of the pool: groups, runtimes, batches, and weights and gradients as plain
+arrays."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from nemotron_train.trainer import build_runtime
 
 Arrays = dict[str, NDArray[Any]]
 
-CONSTANT_RATE: dict[str, Any] = dict(schedule=LrSchedule.constant, min=None, warmup_tokens=0, decay_tokens=None, decay_shape=None)
+CONSTANT_RATE: dict[str, Any] = dict(
+    schedule=LrSchedule.constant, min=None, warmup_tokens=0, decay_tokens=None, decay_shape=None
+)
 
 
 @contextmanager
@@ -41,7 +44,8 @@ def live_run(config: RunConfig) -> Iterator[Runtime]:
 
 
 def random_samples(seed: int, samples: int, config: RunConfig, *, real_tokens: Sequence[int] | None = None) -> Batch:
-    """The same samples on every call; the k-th has loss on its first `real_tokens[k]` tokens only, and comes from source k % 2."""
+    """The same samples on every call; the k-th has loss on its first `real_tokens[k]` tokens only, and comes from
+    source k % 2."""
     random = torch.Generator().manual_seed(seed)
     seq_length = config.train.seq_length
     rows = torch.randint(config.model.vocab_size, (samples, seq_length + 1), generator=random)
@@ -84,7 +88,9 @@ def to_array(tensor: torch.Tensor) -> NDArray[Any]:
 
 def reference_sizes(model: ModelSection) -> ReferenceSizes:
     names = ReferenceSizes.__dataclass_fields__
-    return ReferenceSizes(**{**{name: getattr(model, name) for name in names}, "layer_pattern": model.layer_pattern.replace("|", "")})
+    return ReferenceSizes(
+        **{**{name: getattr(model, name) for name in names}, "layer_pattern": model.layer_pattern.replace("|", "")}
+    )
 
 
 def reference_with(weights: Arrays, model: ModelSection) -> HybridModel:

@@ -1,4 +1,5 @@
-"""Does every line of the CPU adaptor do what Megatron-Core needs of it? All in pool processes: it changes torch for good."""
+"""Does every line of the CPU adaptor do what Megatron-Core needs of it? All in pool processes: it changes torch for
+good."""
 
 from typing import Any
 
@@ -46,7 +47,9 @@ def devices_and_types() -> dict[str, Any]:
     }
     return {
         "devices": {key: str(tensor.device) for key, tensor in tensors.items()},
-        "values": all(torch.equal(tensors[key], on_cpu) for key in ("to", "to device", "to by keyword", "cuda", "parameter")),
+        "values": all(
+            torch.equal(tensors[key], on_cpu) for key in ("to", "to device", "to by keyword", "cuda", "parameter")
+        ),
         "dtype": tensors["to with dtype"].dtype == torch.float64,
         "types": [on_cpu.to(dtype).type() for dtype in (torch.float32, torch.float16, torch.bfloat16)],
         "converted": on_cpu.type(torch.int64).dtype == torch.int64,
@@ -95,7 +98,9 @@ def test_random_state_can_be_saved_and_set_back(ranks: RankPool) -> None:
 
 def streams_and_second_install() -> list[bool]:
     run_megatron_on_cpu()
-    replaced = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "Stream", "get_rng_state")}
+    replaced = {
+        name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "Stream", "get_rng_state")
+    }
     depth = torch._C._len_torch_function_stack()
     run_megatron_on_cpu()
     stream = torch.cuda.Stream()

@@ -1,4 +1,5 @@
-"""Does the model that is trained compute what its plain-torch definition does? Logits, and the gradient of every parameter."""
+"""Does the model that is trained compute what its plain-torch definition does? Logits, and the gradient of every
+parameter."""
 
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,20 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {  # pattern, sequence lengt
     "tied": ("-M*", 31, dict(tied_embeddings=True)),
     "one query group": ("*M", 21, dict(num_query_groups=1)),
     "a query group a head": ("M**", 7, dict(num_query_groups=4)),
-    "chunk of one, three taps, other epsilon": ("MM-", 11, dict(mamba_chunk_size=1, mamba_conv_kernel=3, norm_epsilon=0.1)),
+    "chunk of one, three taps, other epsilon": (
+        "MM-",
+        11,
+        dict(mamba_chunk_size=1, mamba_conv_kernel=3, norm_epsilon=0.1),
+    ),
     "wide attention, narrow state": ("M*-", 33, dict(attention_head_dim=16, mamba_state_dim=3)),
 }
 
 
 def case_config(name: str) -> RunConfig:
     pattern, seq_length, changes = CASES[name]
-    return small_config(Path("unused"), Path("unused"), model={"layer_pattern": pattern, **changes}, train={"seq_length": seq_length})
+    return small_config(
+        Path("unused"), Path("unused"), model={"layer_pattern": pattern, **changes}, train={"seq_length": seq_length}
+    )
 
 
 def awkward_reference(config: RunConfig) -> HybridModel:
@@ -92,7 +99,9 @@ def differences(ranks: RankPool) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_equal_those_of_the_definition(differences: dict[str, dict[str, float]], case: str) -> None:
+def test_logits_and_gradients_equal_those_of_the_definition(
+    differences: dict[str, dict[str, float]], case: str
+) -> None:
     """Fails if a layer computes something else, if packed rows are cut in another order, or a gradient is dropped."""
     found = dict(differences[case])
     assert found.pop("logits") <= 1e-4
@@ -117,7 +126,8 @@ SPLITS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_gathered_gradients_of_a_split_model_equal_those_of_the_definition(ranks: RankPool, split: str) -> None:
-    """Fails if a rank's part of a gradient is missing, doubled (norms under sequence parallelism), or of another head or group."""
+    """Fails if a rank's part of a gradient is missing, doubled (norms under sequence parallelism), or of another head
+    or group."""
     world_size, parallel = SPLITS[split]
     model = {"layer_pattern": "M*-M", "num_query_groups": 4, "init_std": 0.2}
     config = small_config(Path("unused"), Path("unused"), model=model, parallel=parallel)
@@ -131,6 +141,7 @@ def test_gathered_gradients_of_a_split_model_equal_those_of_the_definition(ranks
     expected = {name: to_array(parameter.grad) for name, parameter in reference.named_parameters()}
     assert gradients.keys() == expected.keys()
     wrong = {
-        name: float(np.linalg.norm(gradients[name] - expected[name]) / np.linalg.norm(expected[name])) for name in expected
+        name: float(np.linalg.norm(gradients[name] - expected[name]) / np.linalg.norm(expected[name]))
+        for name in expected
     }
     assert {name: difference for name, difference in wrong.items() if not difference <= 1e-3} == {}

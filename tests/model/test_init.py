@@ -1,4 +1,5 @@
-"""Do the first weights follow from seed and name alone, whatever the layout, and have the ranges that the papers give them?"""
+"""Do the first weights follow from seed and name alone, whatever the layout, and have the ranges that the papers give
+them?"""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def first_weights(configs: dict[str, RunConfig]) -> dict[str, Arrays]:
             plan, ops = plan_run(config, launched_rank().world_size), operations("torch")
             transformer_config = build_transformer_config(config, len(plan.layers), ops)
             chunks = build_model_chunks(plan, transformer_config, choose_layer_parts(platform), ops, groups)
-            weights[key] = {name: to_array(parameter) for chunk in chunks for name, parameter in chunk.named_parameters()}
+            weights[key] = {
+                name: to_array(parameter) for chunk in chunks for name, parameter in chunk.named_parameters()
+            }
         return weights
 
 
@@ -65,7 +68,8 @@ def split(ranks: RankPool) -> list[dict[str, Arrays]]:
 
 
 def test_ranks_hold_slices_of_the_weights_of_one_rank(alone: dict[str, Arrays], split: list[dict[str, Arrays]]) -> None:
-    """Fails if a rank draws its own numbers, or takes other rows of a packed parameter than its heads and groups need."""
+    """Fails if a rank draws its own numbers, or takes other rows of a packed parameter than its heads and groups
+    need."""
     model = ALONE["plain"].model
     joined = join_ranks([rank["plain"] for rank in split], 2, model)
     assert joined.keys() == alone["plain"].keys()
@@ -97,7 +101,10 @@ def test_packed_rows_go_part_by_part() -> None:
 def test_a_tied_head_starts_as_the_embedding(alone: dict[str, Arrays], split: list[dict[str, Arrays]]) -> None:
     """Fails if the copy of the embedding on the last stage starts with other numbers."""
     for rank in (0, 1):
-        embedding, head = split[rank]["tied"]["embedding.word_embeddings.weight"], split[rank + 2]["tied"]["output_layer.weight"]
+        embedding, head = (
+            split[rank]["tied"]["embedding.word_embeddings.weight"],
+            split[rank + 2]["tied"]["output_layer.weight"],
+        )
         assert np.array_equal(embedding, head)
     assert "output_layer.weight" not in alone["tied"]
     assert not np.array_equal(alone["plain"]["embedding.word_embeddings.weight"], alone["plain"]["output_layer.weight"])
@@ -110,7 +117,9 @@ def test_another_seed_gives_other_weights(alone: dict[str, Arrays]) -> None:
     for name in plain:
         assert np.array_equal(plain[name], other[name]) == name.endswith(starts_at_one), name
         assert np.all(plain[name] == 1) == name.endswith(starts_at_one), name
-    assert not np.array_equal(plain["decoder.layers.0.mixer.in_proj.weight"], plain["decoder.layers.2.mixer.in_proj.weight"])
+    assert not np.array_equal(
+        plain["decoder.layers.0.mixer.in_proj.weight"], plain["decoder.layers.2.mixer.in_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,19 +129,29 @@ def test_another_seed_gives_other_weights(alone: dict[str, Arrays]) -> None:
 def test_matrices_have_the_standard_deviation_that_was_asked_for(
     alone: dict[str, Arrays], key: str, std: float, residual_std: float
 ) -> None:
-    """Fails if projections to the residual stream are scaled by another depth (8 layers here), or init_std is ignored."""
+    """Fails if projections to the residual stream are scaled by another depth (8 layers here), or init_std is
+    ignored."""
     weights = alone[key]
     residual = ("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")
-    others = ("in_proj.weight", "linear_qkv.weight", "linear_fc1.weight", "word_embeddings.weight", "output_layer.weight")
+    others = (
+        "in_proj.weight",
+        "linear_qkv.weight",
+        "linear_fc1.weight",
+        "word_embeddings.weight",
+        "output_layer.weight",
+    )
     for endings, expected in ((residual, residual_std), (others, std)):
         for ending in endings:
             values = np.concatenate([array.ravel() for name, array in weights.items() if name.endswith(ending)])
-            assert values.std() == pytest.approx(expected, rel=0.08), ending  # 1024 values at least: 3.5 standard errors
+            assert values.std() == pytest.approx(expected, rel=0.08), (
+                ending
+            )  # 1024 values at least: 3.5 standard errors
             assert abs(values.mean()) < 4 * expected / values.size**0.5, ending
 
 
 def test_decay_rates_and_step_sizes_fill_their_ranges(alone: dict[str, Arrays]) -> None:
-    """Fails if -A starts outside 1 to 16, or a step size outside 0.001 to 0.1, or not spread (512 heads x 4 layers) as Mamba-2 asks."""
+    """Fails if -A starts outside 1 to 16, or a step size outside 0.001 to 0.1, or not spread (512 heads x 4 layers) as
+    Mamba-2 asks."""
     weights = alone["many heads"]
     a = np.exp(np.concatenate([array for name, array in weights.items() if name.endswith("A_log")]))
     dt_bias = np.concatenate([array for name, array in weights.items() if name.endswith("dt_bias")])

@@ -51,7 +51,8 @@ def test_a_parameter_has_one_rule_whatever_wraps_the_model(name: str) -> None:
 
 
 def test_matrices_decay_and_nothing_else_does() -> None:
-    """Fails if a norm, bias, A_log, D or dt_bias decays, a matrix does not, or a parameter is in two optimizer groups."""
+    """Fails if a norm, bias, A_log, D or dt_bias decays, a matrix does not, or a parameter is in two optimizer
+    groups."""
     assert {name for name in ALL if rule_for(name).decays} == DECAYS
     assert {name for name in ALL if rule_for(name).float32} == DOES_NOT_DECAY_AND_STAYS_FLOAT32
     held = {group.name: {name for name in ALL if group.holds(name)} for group in VECTOR_GROUPS}

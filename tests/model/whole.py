@@ -1,4 +1,5 @@
-"""Puts the tensor-parallel shards of a parameter together, written out by hand: it shares no code with `model/names.py` or `take_shard`."""
+"""Puts the tensor-parallel shards of a parameter together, written out by hand: it shares no code with `model/names.py`
+or `take_shard`."""
 
 import numpy as np
 
@@ -14,7 +15,8 @@ WHOLE = ("layer_norm_weight", "final_norm.weight")
 
 
 def join_ranks(ranks: list[Arrays], tp_size: int, model: ModelSection) -> Arrays:
-    """What all ranks hold, as one rank would hold it. Tensor-parallel ranks are neighbours; each block of `tp_size` ranks is a pipeline stage."""
+    """What all ranks hold, as one rank would hold it. Tensor-parallel ranks are neighbours; each block of `tp_size`
+    ranks is a pipeline stage."""
     joined: Arrays = {}
     for start in range(0, len(ranks), tp_size):
         stage = ranks[start : start + tp_size]

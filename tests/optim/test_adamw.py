@@ -1,4 +1,5 @@
-"""Is a step of the distributed optimizer the step that torch's AdamW takes on one rank, with the gradients of the whole batch?"""
+"""Is a step of the distributed optimizer the step that torch's AdamW takes on one rank, with the gradients of the whole
+batch?"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,10 @@ OPTIM = OptimSection(adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-4, weight_d
 
 def config_with(**optim: Any) -> RunConfig:
     config = small_config(
-        Path("unused"), Path("unused"), model={"layer_pattern": "M*-M", "init_std": 0.1}, lr={**CONSTANT_RATE, "peak": 3e-3}
+        Path("unused"),
+        Path("unused"),
+        model={"layer_pattern": "M*-M", "init_std": 0.1},
+        lr={**CONSTANT_RATE, "peak": 3e-3},
     )
     return replace(config, optim=replace(OPTIM, **optim))
 
@@ -86,12 +90,15 @@ def assert_same(found: list[tuple[float, Arrays]], expected: list[tuple[float, A
         assert norm == pytest.approx(expected_norm, rel=1e-4), f"gradient norm of step {step}"
         assert weights.keys() == expected_weights.keys()
         for name, weight in weights.items():
-            np.testing.assert_allclose(weight, expected_weights[name], rtol=0, atol=1e-6, err_msg=f"{name} after step {step}")
+            np.testing.assert_allclose(
+                weight, expected_weights[name], rtol=0, atol=1e-6, err_msg=f"{name} after step {step}"
+            )
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_three_steps_on_two_data_parallel_ranks_are_those_of_torch(ranks: RankPool, micro_batch_size: int) -> None:
-    """Fails if gradients are not those of the mean over all real tokens, clipping sees a part of them, or a wrong weight decays."""
+    """Fails if gradients are not those of the mean over all real tokens, clipping sees a part of them, or a wrong
+    weight decays."""
     config = replace(config_with(), train=replace(config_with().train, micro_batch_size=micro_batch_size))
     first, second = ranks.run(take_steps, 2, config, micro_batch_size)
     expected = torch_steps(config, first[0][1])

@@ -1,4 +1,5 @@
-"""What becomes of a step whose gradient is not finite: nothing moves on any rank, it is counted, and too many in a row end the run."""
+"""What becomes of a step whose gradient is not finite: nothing moves on any rank, it is counted, and too many in a row
+end the run."""
 
 import math
 from collections.abc import Collection
@@ -46,11 +47,15 @@ def everything(run: Runtime) -> Arrays:
     return held
 
 
-def train_with_fault(config: RunConfig, value: float, faulty_steps: Collection[int]) -> tuple[list[Arrays], list[bool], str]:
-    """Train; one element of one gradient becomes `value` on one rank in the given steps (the first is 0), in one of its micro-batches.
+def train_with_fault(
+    config: RunConfig, value: float, faulty_steps: Collection[int]
+) -> tuple[list[Arrays], list[bool], str]:
+    """Train; one element of one gradient becomes `value` on one rank in the given steps (the first is 0), in one of its
+    micro-batches.
 
     Returns:
-        what the optimizer held after every step, whether it was updated, and the NumericsError that ended the run, or "".
+        what the optimizer held after every step, whether it was updated, and the NumericsError that ended the run,
+        or "".
     """
     data = open_run_data(config)
     with live_run(config) as run:
@@ -84,8 +89,11 @@ def faulty_config(corpus: Path, run_dir: Path, steps: int, max_skipped_steps: in
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_one_bad_element_on_one_rank_changes_nothing_anywhere(ranks: RankPool, corpus: Path, tmp_path: Path, value: float) -> None:
-    """Fails if any rank updates, a moment or step counter moves, the step is not counted, or the next one is not a usual one."""
+def test_one_bad_element_on_one_rank_changes_nothing_anywhere(
+    ranks: RankPool, corpus: Path, tmp_path: Path, value: float
+) -> None:
+    """Fails if any rank updates, a moment or step counter moves, the step is not counted, or the next one is not a
+    usual one."""
     config = faulty_config(corpus, tmp_path, steps=5, max_skipped_steps=1)
     for history, updated, error in ranks.run(train_with_fault, 2, config, value, (1, 3)):
         assert (updated, error) == ([True, False, True, False, True], "")

@@ -1,9 +1,9 @@
-"""What does a failing rank say? The first to fail says why; later ones name the first. The store is torch's own, over a real socket."""
+"""What does a failing rank say? The first to fail says why; later ones name the first. The store is torch's own, over a
+real socket."""
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
@@ -21,21 +21,23 @@ def rank(number: int) -> LaunchedRank:
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
+def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     """The launcher's store, as rank 0 or torchrun serves it."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    yield server
+    return server
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "nemotron_train.platform.failure"]
 
 
-def test_the_first_failure_is_told_in_full_and_the_others_name_it(store: dist.TCPStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_failure_is_told_in_full_and_the_others_name_it(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """Fails if the lost connections of the other ranks bury the cause."""
     report_failure(DataError("web.bin is too short"), rank(2))
     report_failure(LOST, rank(0))
@@ -44,7 +46,9 @@ def test_the_first_failure_is_told_in_full_and_the_others_name_it(store: dist.TC
     assert messages(caplog) == ["DataError: web.bin is too short", first, first]
 
 
-def test_a_bug_shows_its_traceback_and_a_users_error_does_not(store: dist.TCPStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_shows_its_traceback_and_a_users_error_does_not(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """Fails if an unexpected exception loses its traceback, or a wrong path prints one."""
     try:
         raise ZeroDivisionError("planted")
@@ -57,7 +61,9 @@ def test_a_bug_shows_its_traceback_and_a_users_error_does_not(store: dist.TCPSto
     assert "Traceback" not in caplog.text
 
 
-def test_a_killed_rank_cannot_speak_so_the_first_lost_connection_is_told(store: dist.TCPStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_rank_cannot_speak_so_the_first_lost_connection_is_told(
+    store: dist.TCPStore, caplog: pytest.LogCaptureFixture
+) -> None:
     """Fails if kill -9 of a rank shows the user a traceback from gloo, or nothing at all."""
     report_failure(LOST, rank(3))
     report_failure(LOST, rank(1))
@@ -70,7 +76,9 @@ def test_a_killed_rank_cannot_speak_so_the_first_lost_connection_is_told(store: 
 
 def test_of_ranks_that_fail_together_one_is_the_first(store: dist.TCPStore, caplog: pytest.LogCaptureFixture) -> None:
     """Fails if two ranks both think they were first, or one gives up while the first has not written its cause yet."""
-    threads = [threading.Thread(target=report_failure, args=(ValueError(f"of {number}"), rank(number))) for number in range(4)]
+    threads = [
+        threading.Thread(target=report_failure, args=(ValueError(f"of {number}"), rank(number))) for number in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -107,7 +115,9 @@ def test_a_restarted_launch_forgets_the_last_attempt(
     assert messages(caplog) == ["DataError: first attempt", "DataError: second attempt"]
 
 
-def test_without_a_store_a_rank_tells_its_own_cause(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_store_a_rank_tells_its_own_cause(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if a rank whose launcher is gone says nothing, or raises while it reports."""
     caplog.set_level(logging.ERROR)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -19,7 +19,8 @@ def restored_handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_the_first_signal_is_the_one_that_is_named(first: signal.Signals) -> None:
-    """Fails if a signal kills the process, raises into the step under way, or a launcher's second one replaces the first."""
+    """Fails if a signal kills the process, raises into the step under way, or a launcher's second one replaces the
+    first."""
     stop = StopRequest()
     stop.listen()
     assert stop.signal_name is None
