@@ -41,6 +41,8 @@ ONLY_IN = {
     "causal_conv1d": ("ops/",),
     "triton": ("ops/",),
     "wandb": ("observe/",),
+    "transformers": ("convert/",),
+    "safetensors": ("convert/",),
     "hydra": ("config/load.py",),
     "recipes": ("config/load.py",),
 }

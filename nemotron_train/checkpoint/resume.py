@@ -19,34 +19,44 @@ def checkpoints_folder(config: RunConfig) -> Path:
 
 
 def choose_checkpoint(config: RunConfig) -> Path | None:
-    """Follow `checkpoint.resume`: auto, never, or a folder.
+    """Follow `checkpoint.resume`.
 
     Returns:
-        the folder to load, or None for a new run.
+        the folder to load, or None for a new run. A named folder is where a new run starts; started again, the run goes on from
+        its own newest checkpoint.
 
     Raises:
-        ConfigError: `never`, and the run folder holds a checkpoint already.
-        CheckpointError: the named folder is no complete checkpoint, or the run folder has checkpoints and none is
-        complete.
+        ConfigError: the run folder holds a checkpoint that must not be there: any with `never`, one newer than the named one.
+        CheckpointError: the named folder is no complete checkpoint, or the run folder has checkpoints and none is complete.
     """
-    resume, folder = config.checkpoint.resume, checkpoints_folder(config)
-    if resume not in ("auto", "never"):
-        read_commit(Path(resume))
-        return Path(resume)
-    newest, passed_over = newest_checkpoint(folder)
+    resume, own = config.checkpoint.resume, checkpoints_folder(config)
+    newest, passed_over = newest_checkpoint(own)
     for reason in passed_over:
         logger.warning("Passed over a checkpoint: %s", reason)
     if newest is None and passed_over:
         raise CheckpointError(
-            f"No checkpoint in {folder} is complete. Move them away to start anew: {'; '.join(passed_over)}"
+            f"No checkpoint in {own} is complete. Move them away to start anew: {'; '.join(passed_over)}"
         )
+    if resume == "auto" or (resume == "never" and newest is None):
+        return newest
     if resume == "never":
-        if newest is not None:
-            raise ConfigError(
-                f"checkpoint.resume=never, but {newest} is there. Choose another run.dir, or checkpoint.resume=auto to "
-                "go on from it."
-            )
-        return None
+        raise ConfigError(
+            f"checkpoint.resume=never, but {newest} is there. Choose another run.dir, or checkpoint.resume=auto to go on."
+        )
+    return _named_or_own(Path(resume), newest)
+
+
+def _named_or_own(named: Path, newest: Path | None) -> Path:
+    if newest is None:
+        read_commit(named)
+        return named
+    if named.resolve().parent == newest.resolve().parent and named.resolve() != newest.resolve():
+        raise ConfigError(
+            f"checkpoint.resume={named}, but {newest} is newer and would be overwritten. Choose another run.dir to branch off, "
+            f"or move the newer ones away."
+        )
+    if named.resolve() != newest.resolve():
+        logger.info("This run started from %s and has checkpoints of its own by now.", named)
     return newest
 
 

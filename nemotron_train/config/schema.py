@@ -187,7 +187,7 @@ class TrainSection:
 class CheckpointSection:
     every_steps: int = 0  # 0 = only at the end and when stopped by a signal
     resume: str = (
-        "auto"  # auto: the newest complete one in run.dir; never: refuse if there is one; or a checkpoint folder
+        "auto"  # auto: the newest complete one in run.dir; never: refuse one; FOLDER: where a new run starts from
     )
 
 

@@ -187,13 +187,22 @@ def test_resume_never_refuses_a_run_that_has_a_checkpoint(tmp_path: Path) -> Non
         choose_checkpoint(config_of(tmp_path, "never"))
 
 
-def test_resume_takes_the_folder_it_names_and_no_other(tmp_path: Path) -> None:
-    """Fails if a named checkpoint gives way to a newer one, or a damaged one to any other."""
+def test_a_named_folder_is_where_a_new_run_starts(tmp_path: Path) -> None:
+    """Fails if another checkpoint than the named one is taken, or a damaged one passes."""
     named = write_checkpoint(tmp_path / "elsewhere", 10)
-    write_checkpoint(tmp_path / "checkpoints", 20)
     assert choose_checkpoint(config_of(tmp_path, str(named))) == named
     file_missing(named)
     with pytest.raises(CheckpointError, match="should have 10 bytes and has none"):
         choose_checkpoint(config_of(tmp_path, str(named)))
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         choose_checkpoint(config_of(tmp_path, str(tmp_path / "nowhere")))
+
+
+def test_started_again_a_run_goes_on_from_its_own_checkpoints(tmp_path: Path) -> None:
+    """Fails if the same command begins anew at the named folder, or rewinds where it would overwrite."""
+    named = write_checkpoint(tmp_path / "elsewhere", 10)
+    older, newest = write_checkpoint(tmp_path / "checkpoints", 15), write_checkpoint(tmp_path / "checkpoints", 20)
+    assert choose_checkpoint(config_of(tmp_path, str(named))) == newest
+    assert choose_checkpoint(config_of(tmp_path, str(newest))) == newest
+    with pytest.raises(ConfigError, match="step_000000015, but .*step_000000020 is newer"):
+        choose_checkpoint(config_of(tmp_path, str(older)))

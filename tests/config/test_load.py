@@ -55,8 +55,8 @@ def test_values_arrive_typed_and_frozen() -> None:
 
 def test_the_command_line_wins_over_experiment_and_experiment_over_groups() -> None:
     """Fails if the order of precedence changes: group < experiment < command line."""
-    assert load_config([QUICKSTART]).checkpoint.every_steps == 100  # group: 500, experiment: 100
-    assert load_config([QUICKSTART, "checkpoint=at_end"]).checkpoint.every_steps == 100
+    assert load_config([QUICKSTART]).checkpoint.every_steps == 50  # group: 500, experiment: 50
+    assert load_config([QUICKSTART, "checkpoint=at_end"]).checkpoint.every_steps == 50
     assert load_config([QUICKSTART, "checkpoint.every_steps=7"]).checkpoint.every_steps == 7
     assert load_config([QUICKSTART, "lr=cosine"]).lr.schedule is LrSchedule.cosine
 
