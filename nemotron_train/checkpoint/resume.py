@@ -22,12 +22,15 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
     """Follow `checkpoint.resume`.
 
     Returns:
-        the folder to load, or None for a new run. A named folder is where a new run starts; started again, the run goes on from
+        the folder to load, or None for a new run. A named folder is where a new run starts; started again, the run goes
+        on from
         its own newest checkpoint.
 
     Raises:
-        ConfigError: the run folder holds a checkpoint that must not be there: any with `never`, one newer than the named one.
-        CheckpointError: the named folder is no complete checkpoint, or the run folder has checkpoints and none is complete.
+        ConfigError: the run folder holds a checkpoint that must not be there: any with `never`, one newer than the
+        named one.
+        CheckpointError: the named folder is no complete checkpoint, or the run folder has checkpoints and none is
+        complete.
     """
     resume, own = config.checkpoint.resume, checkpoints_folder(config)
     newest, passed_over = newest_checkpoint(own)
@@ -41,7 +44,8 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
         return newest
     if resume == "never":
         raise ConfigError(
-            f"checkpoint.resume=never, but {newest} is there. Choose another run.dir, or checkpoint.resume=auto to go on."
+            f"checkpoint.resume=never, but {newest} is there. Choose another run.dir, or checkpoint.resume=auto to go "
+            "on."
         )
     return _named_or_own(Path(resume), newest)
 
@@ -52,7 +56,8 @@ def _named_or_own(named: Path, newest: Path | None) -> Path:
         return named
     if named.resolve().parent == newest.resolve().parent and named.resolve() != newest.resolve():
         raise ConfigError(
-            f"checkpoint.resume={named}, but {newest} is newer and would be overwritten. Choose another run.dir to branch off, "
+            f"checkpoint.resume={named}, but {newest} is newer and would be overwritten. Choose another run.dir to "
+            "branch off, "
             f"or move the newer ones away."
         )
     if named.resolve() != newest.resolve():
