@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, prepares text that every machine has, trains a small hybrid model on it and shows what it learned.
 #
-#   bash launch/quickstart.sh                                      two CPU ranks, or all GPUs
+#   bash launch/quickstart.sh                                      two CPU ranks, or up to eight GPUs
 #   bash launch/quickstart.sh parallel.tensor_parallel_size=2      any key of the configuration can be changed
 #   RANKS=4 bash launch/quickstart.sh                              another number of ranks
 #
@@ -61,7 +61,13 @@ count_ranks() {
     if [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; then
         gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
     fi
-    echo "${RANKS:-$((gpus > 0 ? gpus : 2))}"
+    # 1, 2, 4 or 8: a step of 16 samples divides among them.
+    local ranks=2
+    if [ "$gpus" -ge 1 ]; then
+        ranks=1
+        while [ "$((ranks * 2))" -le "$gpus" ] && [ "$ranks" -lt 8 ]; do ranks=$((ranks * 2)); done
+    fi
+    echo "${RANKS:-$ranks}"
 }
 
 # Runs a command as a job of its own and passes signals on: Ctrl-C reaches it once, and it never outlives this script's
@@ -92,8 +98,10 @@ train() {
     ranks="$(count_ranks)"
     say "Training in $run_dir on $ranks ranks"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    local micro_batch=()
+    if [ "$ranks" -gt 2 ]; then micro_batch=("train.micro_batch_size=$((ranks < 16 ? 16 / ranks : 1))"); fi
     run_job "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
-        -m nemotron_train.train experiment=quickstart "$@"
+        -m nemotron_train.train experiment=quickstart ${micro_batch[@]+"${micro_batch[@]}"} "$@"
     if [ "$code" != 0 ]; then
         if [ "$stopped" = yes ]; then say "Stopped"; else say "Training failed (exit code $code)"; fi
         say "The same command goes on from the last checkpoint in $run_dir, if there is one"

@@ -3,9 +3,8 @@
     python launch/quickstart_report.py RUN_DIR
 
 Prints the loss at start and end, the held-out loss beside what counting reaches on the same tokens, where the picture
-is, and a few continuations
-of held-out text. Sampling runs the reference model on the whole text for every token: right and slow, good for a few
-lines.
+is, and a few continuations of held-out text. Sampling runs the reference model on the whole text for every token: right
+and slow, good for a few lines.
 """
 
 import sys

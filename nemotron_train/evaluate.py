@@ -11,18 +11,20 @@ from nemotron_train.loss import MeanLoss
 from nemotron_train.runtime import Runtime
 from nemotron_train.step import average_over_ranks, run_all
 
-MICRO_BATCHES_AT_ONCE = 32  # bounds what the reports hold; a multiple of every pipeline size up to 32
+MICRO_BATCHES_AT_ONCE = 32  # about; bounds what the reports hold
 
 
 def evaluate(run: Runtime, batches: Sequence[Batch]) -> MeanLoss:
     """Average the loss over held-out micro-batches (as many on every rank; padding has loss_mask 0)."""
-    batches = pad_to_multiple(batches, run.plan.layout.pipeline)  # the interleaved schedule takes them in rounds
+    pipeline_size = run.plan.layout.pipeline
+    batches = pad_to_multiple(batches, pipeline_size)  # the interleaved schedule takes them in rounds
+    at_once = -(-MICRO_BATCHES_AT_ONCE // pipeline_size) * pipeline_size
     reports = []
     for chunk in run.chunks:
         chunk.eval()
     with weights_complete(run.chunks), torch.no_grad():
-        for start in range(0, len(batches), MICRO_BATCHES_AT_ONCE):
-            reports += run_all(run, batches[start : start + MICRO_BATCHES_AT_ONCE], forward_only=True)
+        for start in range(0, len(batches), at_once):
+            reports += run_all(run, batches[start : start + at_once], forward_only=True)
     for chunk in run.chunks:
         chunk.train()
     return average_over_ranks(run, reports)

@@ -26,3 +26,4 @@ class Progress:
     step: int = 0  # optimizer steps taken
     consumed_tokens: int = 0  # by those steps
     skipped_steps: int = 0  # of them, those whose gradient was not finite
+    origin: str | None = None  # the checkpoint of another run that this run started from

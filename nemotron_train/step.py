@@ -9,7 +9,7 @@ from itertools import tee
 import torch.distributed as dist
 
 from nemotron_train.data.batch import Batch
-from nemotron_train.engine.optimizer import set_rates, take_step
+from nemotron_train.engine.optimizer import set_hyperparameters, take_step
 from nemotron_train.engine.pipeline_schedule import run_micro_batches
 from nemotron_train.engine.wrap import zero_gradients
 from nemotron_train.forward import forward_step
@@ -37,7 +37,7 @@ def train_step(run: Runtime, batches: Sequence[Batch], consumed_tokens: int) -> 
     """
     config = run.plan.config
     rate = learning_rate(config.lr, config.train.train_tokens, consumed_tokens)
-    set_rates(run.optimizer, rate, config.optim.weight_decay)
+    set_hyperparameters(run.optimizer, config.optim, rate)
     zero_gradients(run.chunks)
     run.optimizer.zero_grad()
     reports = run_all(run, batches, forward_only=False)

@@ -3,12 +3,14 @@
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from nemotron_train.config.load import load_config
+from nemotron_train.config.load import fingerprint, load_config
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
-from nemotron_train.errors import EXIT_FAILED, EXIT_REQUEUE
+from nemotron_train.errors import EXIT_FAILED, EXIT_REQUEUE, ConfigError
 from nemotron_train.plan.describe import describe
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.device import choose_platform
@@ -35,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report_failure(error, me)
         if me.world_size > 1:
             # Leave at once: tearing down process groups would wait for collectives that other ranks will never join.
-            # They see
-            # this rank's connections close and stop too.
+            # They see this rank's connections close and stop too.
             logging.shutdown()
             os._exit(EXIT_FAILED)
         return EXIT_FAILED
@@ -48,15 +49,36 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
     plan = plan_run(config, me.world_size)
     logger.info("%s", describe(plan))
     data = open_run_data(config)
+    if me.rank == 0:
+        check_writable(Path(config.run.dir))
     platform = choose_platform(me)
     stop = StopRequest()
     stop.listen()
     with process_groups(
-        plan.layout, platform, me, timeout_seconds=config.parallel.timeout_seconds, seed=config.run.seed
+        plan.layout,
+        platform,
+        me,
+        timeout_seconds=config.parallel.timeout_seconds,
+        seed=config.run.seed,
+        fingerprint=fingerprint(config) + data.fingerprint(config.train.train_tokens),
     ) as groups:
         runtime = build_runtime(plan, platform, groups)
         finished = Trainer(runtime, data, stop, is_reporter=me.rank == 0).train()
     return 0 if finished else EXIT_REQUEUE
+
+
+def check_writable(run_dir: Path) -> None:
+    """Make the run folder.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run.dir={run_dir} cannot be written: {error}. Choose another run.dir.") from error
 
 
 def log_to_stderr(me: LaunchedRank) -> None:

@@ -2,18 +2,19 @@
 step."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nemotron_train.checkpoint.resume import check_may_resume, choose_checkpoint
+from nemotron_train.checkpoint.resume import check_may_resume, choose_checkpoint, origin_of
 from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint
-from nemotron_train.config.load import fingerprint, write_resolved
+from nemotron_train.config.load import write_resolved
 from nemotron_train.data.batch import Batch, RankShare
 from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
-from nemotron_train.engine.groups import Groups, any_rank, check_same_on_all_ranks
+from nemotron_train.engine.groups import Groups, any_rank, from_rank_zero
 from nemotron_train.engine.layer_parts import choose_layer_parts
 from nemotron_train.engine.mcore_config import build_ddp_config, build_optimizer_config, build_transformer_config
 from nemotron_train.engine.optimizer import build_optimizer
@@ -56,7 +57,7 @@ class Trainer:
         is_reporter: this rank writes metrics, pictures and messages; one rank of the run does.
         """
         self.run, self.data, self.stop, self.is_reporter = run, data, stop, is_reporter
-        self.config, self.batches = run.plan.config, run.plan.batches
+        self.config, self.batch_plan = run.plan.config, run.plan.batches
         self.share = RankShare(
             dp_rank=run.groups.dp.rank(),
             dp_size=run.groups.dp.size(),
@@ -74,15 +75,15 @@ class Trainer:
         Raises:
             CheckpointError, DataError, NumericsError: the run cannot go on.
         """
-        check_same_on_all_ranks(
-            fingerprint(self.config) + self.data.blend.past_hash(self.config.train.train_tokens),
-            "configuration or data",
-        )
         progress = self.resume()
+        if not self.batch_plan.steps_left(progress.consumed_tokens):
+            logger.info("Nothing left to train: %s of train.train_tokens=%s tokens are consumed.", *(
+                f"{tokens:,}" for tokens in (progress.consumed_tokens, self.config.train.train_tokens)
+            ))  # fmt: skip
         writers = self.open_writers(progress)
         try:
             with DataLoader(
-                self.data.reader, self.share, self.batches.global_batch_size_at, progress.consumed_tokens
+                self.data.reader, self.share, self.batch_plan.global_batch_size_at, progress.consumed_tokens
             ) as loader:
                 return self.take_steps(progress, loader, writers)
         finally:
@@ -90,13 +91,18 @@ class Trainer:
 
     def resume(self) -> Progress:
         """Load the checkpoint that `checkpoint.resume` names; without one, start from nothing."""
-        folder = choose_checkpoint(self.config)
+        folder = from_rank_zero(lambda: choose_checkpoint(self.config))
         if folder is None:
             return Progress()
         commit = load_checkpoint(self.run, folder, lambda found: check_may_resume(found, self.config, self.data.blend))
         self.saved_step = commit.step
         logger.info("Going on from %s: step %d, %s tokens.", folder, commit.step, f"{commit.consumed_tokens:,}")
-        return Progress(step=commit.step, consumed_tokens=commit.consumed_tokens, skipped_steps=commit.skipped_steps)
+        return Progress(
+            step=commit.step,
+            consumed_tokens=commit.consumed_tokens,
+            skipped_steps=commit.skipped_steps,
+            origin=origin_of(folder, commit, self.config),
+        )
 
     def open_writers(self, progress: Progress) -> Writers:
         if not self.is_reporter:
@@ -105,7 +111,7 @@ class Trainer:
         return build_writers(self.config, num_steps=self.last_step(progress), resume_step=progress.step)
 
     def last_step(self, progress: Progress) -> int:
-        return progress.step + self.batches.steps_left(progress.consumed_tokens)
+        return progress.step + self.batch_plan.steps_left(progress.consumed_tokens)
 
     def take_steps(self, progress: Progress, loader: DataLoader, writers: Writers) -> bool:
         train, last_step = self.config.train, self.last_step(progress)
@@ -116,9 +122,11 @@ class Trainer:
         )
         while progress.step < last_step:
             timer.start()
-            micro_batches = [next(loader) for _ in range(self.batches.num_micro_batches_at(progress.consumed_tokens))]
+            micro_batches = [
+                next(loader) for _ in range(self.batch_plan.num_micro_batches_at(progress.consumed_tokens))
+            ]
             result = train_step(self.run, micro_batches, progress.consumed_tokens)
-            step_tokens = self.batches.tokens_per_step_at(progress.consumed_tokens)
+            step_tokens = self.batch_plan.tokens_per_step_at(progress.consumed_tokens)
             before, progress = progress, advance(progress, step_tokens, result)
             self.check_skips(result, progress)
             self.run.platform.synchronize()
@@ -128,10 +136,10 @@ class Trainer:
             at_end = progress.step == last_step
             if progress.step % self.config.log.every_steps == 0 or at_end or stopped:
                 writers.write(self.step_record(before, progress, result, speed))
-            if is_due(train.eval_every_steps, progress.step) or at_end:
-                self.evaluate_and_draw(progress, writers)
             if is_due(self.config.checkpoint.every_steps, progress.step) or at_end or stopped:
                 self.save(progress, writers)
+            if is_due(train.eval_every_steps, progress.step) and not stopped or at_end:
+                self.evaluate_and_draw(progress, writers)
             if stopped and not at_end:
                 writers.event(
                     f"Stopped by {self.stop.signal_name or 'a signal to another rank'}; the same command goes on from "
@@ -147,16 +155,21 @@ class Trainer:
             batches: Sequence[Batch] = list(
                 heldout_batches(self.data.heldout, train.eval_tokens, train.seq_length, self.share)
             )
-            held_out = evaluate(self.run, batches)
-            writers.write({"step": progress.step, **self.loss_record("eval_loss", held_out)})
+            began = time.perf_counter()
+            losses = self.loss_record("eval_loss", evaluate(self.run, batches))
+            seconds = time.perf_counter() - began
+            counts = {"step": progress.step, "consumed_tokens": progress.consumed_tokens, "eval_seconds": seconds}
+            writers.write({**counts, **losses})
         if self.is_reporter:
-            folder = Path(self.config.run.dir)
-            draw_loss(
-                read_records(folder / "metrics.jsonl"),
-                self.config.data.phases,
-                folder / "loss.png",
-                self.config.run.name,
-            )
+            self.draw(Path(self.config.run.dir))
+
+    def draw(self, folder: Path) -> None:
+        """Draw the run so far; a picture that cannot be written is no reason to stop training."""
+        try:
+            records = read_records(folder / "metrics.jsonl")
+            draw_loss(records, self.config.data.phases, folder / "loss.png", self.config.run.name)
+        except OSError as error:
+            logger.warning("Cannot draw %s: %s", folder / "loss.png", error)
 
     def save(self, progress: Progress, writers: Writers) -> None:
         if self.saved_step == progress.step:
@@ -166,7 +179,7 @@ class Trainer:
         writers.event(f"Saved {folder}")
 
     def check_skips(self, result: StepResult, progress: Progress) -> None:
-        """Raise NumericsError after too many skipped steps in a row."""
+        """Raise NumericsError when more than `max_skipped_steps` steps in a row were skipped."""
         self.skipped_in_a_row = 0 if result.updated else self.skipped_in_a_row + 1
         limit = self.config.train.max_skipped_steps
         if self.skipped_in_a_row > limit:
@@ -184,7 +197,7 @@ class Trainer:
             "step": progress.step,
             "consumed_tokens": progress.consumed_tokens,
             "phase": sum(start <= before.consumed_tokens for start in starts) - 1,
-            "global_batch_size": self.batches.global_batch_size_at(before.consumed_tokens),
+            "global_batch_size": self.batch_plan.global_batch_size_at(before.consumed_tokens),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "skipped_steps": progress.skipped_steps,

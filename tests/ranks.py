@@ -1,9 +1,8 @@
 """Real multi-rank runs inside pytest: a pool of processes that are started once and take one job after another.
 
 A job is a module-level function; it runs on `world_size` processes at once, each as one rank with a gloo process
-group's environment, and returns
-something picklable. A job that fails on any rank fails the test with that rank's traceback, and the pool is started
-anew.
+group's environment, and returns something picklable. A job that fails on any rank fails the test with that rank's
+traceback, and the pool is started anew.
 """
 
 import multiprocessing

@@ -92,7 +92,7 @@ def small_config(corpus: Path, run_dir: Path, *, steps: int = 20, **sections: di
             decay_shape=DecayShape.linear,
         ),
         train=TrainSection(
-            train_tokens=steps * step_tokens,
+            train_tokens=steps * step_tokens + 37,  # as many whole steps as fit
             seq_length=SEQ,
             global_batch_size=BATCH,
             micro_batch_size=2,

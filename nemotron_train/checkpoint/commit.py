@@ -1,14 +1,15 @@
 """Which folders under `RUN_DIR/checkpoints` are complete checkpoints, and how a folder becomes one.
 
 A checkpoint is written to `step_000000100.tmp`, gets its `COMMIT.json` last and is then renamed. Nothing is ever
-overwritten in place, and "latest" is derived
-from the commits that are there, so a kill at any moment leaves the older checkpoints as they were.
+overwritten in place, and "latest" is derived from the commits that are there, so a kill at any moment leaves the older
+checkpoints as they were.
 """
 
 import json
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Commit:
     step: int
     consumed_tokens: int
     skipped_steps: int
+    origin: str | None  # the other run's checkpoint that this run started from
     model: dict[str, object]  # the keys its weights depend on (resume.model_facts)
     config_fingerprint: str
     data_hash: str  # of everything that decided the samples up to consumed_tokens
@@ -43,7 +45,12 @@ def start_folder(checkpoints: Path, step: int) -> Path:
     Raises:
         CheckpointError: there is a checkpoint of this step already, or the folder cannot be made.
     """
-    if step_folder(checkpoints, step).exists():
+    existing = step_folder(checkpoints, step)
+    if existing.exists() and not _is_complete(existing):
+        existing.rename(
+            existing.with_suffix(f".damaged-{time.time_ns()}")
+        )  # the run went back to an older one and is here again
+    if existing.exists():
         raise CheckpointError(
             f"{step_folder(checkpoints, step)} exists already; a checkpoint is never overwritten. Move it away to save "
             "this step again."
@@ -55,6 +62,14 @@ def start_folder(checkpoints: Path, step: int) -> Path:
     except OSError as error:
         raise CheckpointError(f"Cannot make {temporary}: {error}. Check run.dir and the free space.") from error
     return temporary
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        read_commit(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def commit_folder(temporary: Path, **facts: object) -> Path:

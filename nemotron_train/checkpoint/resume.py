@@ -23,8 +23,7 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
 
     Returns:
         the folder to load, or None for a new run. A named folder is where a new run starts; started again, the run goes
-        on from
-        its own newest checkpoint.
+        on from its own newest checkpoint.
 
     Raises:
         ConfigError: the run folder holds a checkpoint that must not be there: any with `never`, one newer than the
@@ -51,18 +50,28 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
 
 
 def _named_or_own(named: Path, newest: Path | None) -> Path:
-    if newest is None:
-        read_commit(named)
+    read_commit(named)
+    if newest is None or named.resolve() == newest.resolve():
         return named
-    if named.resolve().parent == newest.resolve().parent and named.resolve() != newest.resolve():
+    if named.resolve().parent == newest.resolve().parent:
         raise ConfigError(
             f"checkpoint.resume={named}, but {newest} is newer and would be overwritten. Choose another run.dir to "
-            "branch off, "
-            f"or move the newer ones away."
+            "branch "
+            "off, or move the newer ones away."
         )
-    if named.resolve() != newest.resolve():
-        logger.info("This run started from %s and has checkpoints of its own by now.", named)
+    origin = read_commit(newest).origin
+    if origin != str(named.resolve()):
+        raise ConfigError(
+            f"checkpoint.resume={named}, but {newest.parent} holds a run that started from {origin or 'nothing'}. "
+            "Choose another run.dir, or checkpoint.resume=auto to go on with that run."
+        )
+    logger.info("This run started from %s and has checkpoints of its own by now.", named)
     return newest
+
+
+def origin_of(folder: Path, commit: Commit, config: RunConfig) -> str | None:
+    """Where a run that loads `folder` started from: that folder, unless it is one of the run's own."""
+    return commit.origin if folder.resolve().parent == checkpoints_folder(config).resolve() else str(folder.resolve())
 
 
 def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan) -> None:

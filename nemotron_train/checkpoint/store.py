@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemotron_train.checkpoint.commit import Commit, commit_folder, read_commit, start_folder
 from nemotron_train.checkpoint.resume import checkpoints_folder, model_facts
 from nemotron_train.config.load import fingerprint
+from nemotron_train.engine.groups import from_rank_zero
 from nemotron_train.engine.optimizer import allocate_state
 from nemotron_train.engine.wrap import weights_complete
 from nemotron_train.errors import CheckpointError
@@ -38,15 +39,15 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
         data_hash: of everything that decided the samples up to now (`BlendPlan.past_hash`).
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write; the temporary folder is gone then.
+        CheckpointError: on rank 0, when any rank could not write; the temporary folder is gone then. The others lose
+        their
+            connection to it, or raise what they ran into themselves.
     """
     config = run.plan.config
-    folder = _from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
+    folder = from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
     try:
-        # Megatron-Core collects its writers' results in a queue that lives in a process of its own, started from
-        # scratch at the first save. A
-        # synchronous save needs none, and a SIGTERM to the process group would end it just before the save that the
-        # signal asks for.
+        # Megatron-Core collects its writers' results in a queue that lives in a process of its own. A synchronous save
+        # needs none, and a SIGTERM to the process group would end it just before the save that the signal asks for.
         filesystem_async._results_queue = queue.Queue()
         with weights_complete(run.chunks):
             state = sharded_state(run, is_loading=False)
@@ -55,7 +56,7 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(f"Cannot write the checkpoint of step {progress.step} to {folder}: {error}") from error
-    return _from_rank_zero(
+    return from_rank_zero(
         lambda: commit_folder(
             folder,
             **asdict(progress),
@@ -107,21 +108,3 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
 
 def _stored_metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def _from_rank_zero(act: Any) -> Path:
-    """Let rank 0 do something on disk and tell all ranks the result, so that they fail together.
-
-    Raises:
-        CheckpointError: on every rank, if rank 0's `act` raised it or an OSError.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = act()
-        except (CheckpointError, OSError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
-    return outcome[0]

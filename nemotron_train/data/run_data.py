@@ -14,6 +14,12 @@ class RunData:
     blend: BlendPlan
     reader: SampleReader
     heldout: tuple[Source | None, ...]  # in the order of data.sources; None: this source has no held-out shards
+    seq_length: int
+
+    def fingerprint(self, train_tokens: int) -> str:
+        """A hash of all samples of a run, the same on every rank that sees the same shards."""
+        seq_length = self.seq_length
+        return self.blend.past_hash(train_tokens // seq_length * seq_length)
 
     @property
     def has_heldout(self) -> bool:
@@ -30,4 +36,9 @@ def open_run_data(config: RunConfig) -> RunData:
     opened = open_data(config.data, config.model.vocab_size, config.train.seq_length)
     blend = build_plan(config.data, opened.training, config.train.seq_length, config.run.seed)
     check_epochs(blend, config.train.train_tokens, config.data.max_epochs)
-    return RunData(blend=blend, reader=SampleReader(blend, opened.training), heldout=opened.heldout)
+    return RunData(
+        blend=blend,
+        reader=SampleReader(blend, opened.training),
+        heldout=opened.heldout,
+        seq_length=config.train.seq_length,
+    )

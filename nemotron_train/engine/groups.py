@@ -1,10 +1,10 @@
 """Starts torch.distributed and Megatron-Core's process groups for a layout, and ends them on every path."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nemotron_train.engine.megatron_on_cpu import run_megatron_on_cpu
-from nemotron_train.errors import ConfigError
+from nemotron_train.errors import CheckpointError, ConfigError, NemotronTrainError
 from nemotron_train.plan.layout import Layout
 from nemotron_train.platform.device import Platform
 from nemotron_train.platform.ranks import LaunchedRank
@@ -25,35 +25,46 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def process_groups(
-    layout: Layout, platform: Platform, me: LaunchedRank, *, timeout_seconds: int, seed: int
+    layout: Layout, platform: Platform, me: LaunchedRank, *, timeout_seconds: int, seed: int, fingerprint: str = ""
 ) -> Iterator[Groups]:
     """Hold the process groups of a layout for the length of a `with` block.
 
+    After an error they are left as they are: tearing them down would wait for other ranks, and would close connections
+    before
+    this rank has said why it fails.
+
+    Args:
+        fingerprint: of all that decides what a rank does; compared before ranks make groups that would not fit
+        together.
+
     Raises:
-        ConfigError: the launch has another number of ranks than the layout.
+        ConfigError: the launch has another number of ranks than the layout, or ranks have different fingerprints.
     """
     if me.world_size != layout.world_size:
         raise ConfigError(f"The plan is for {layout.world_size} ranks but {me.world_size} were started.")
     if not platform.is_cuda:
         run_megatron_on_cpu()
     start_torch_distributed(platform, me, timeout_seconds)
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-            context_parallel_size=layout.context,
-            distributed_timeout_minutes=max(1, timeout_seconds // 60),
-            # Gloo copies of the groups are for NCCL runs; on the CPU the groups are gloo's already.
-            create_gloo_process_groups=platform.is_cuda,
-        )
-        # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the
-        # generators.
-        model_parallel_cuda_manual_seed(seed)
-        yield ProcessGroupCollection.use_mpu_process_groups()
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    check_same_on_all_ranks(fingerprint)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_seconds / 60,
+        # Gloo copies of the groups are for NCCL runs; on the CPU the groups are gloo's already.
+        create_gloo_process_groups=platform.is_cuda,
+    )
+    # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators.
+    model_parallel_cuda_manual_seed(seed)
+    yield ProcessGroupCollection.use_mpu_process_groups()
+    stop_torch_distributed()
+
+
+def stop_torch_distributed() -> None:
+    """End all process groups, after a run that every rank finished."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def start_torch_distributed(platform: Platform, me: LaunchedRank, timeout_seconds: int) -> None:
@@ -71,7 +82,7 @@ def start_torch_distributed(platform: Platform, me: LaunchedRank, timeout_second
         )
 
 
-def check_same_on_all_ranks(fingerprint: str, what: str) -> None:
+def check_same_on_all_ranks(fingerprint: str) -> None:
     """Compare a fingerprint across ranks.
 
     Raises:
@@ -82,7 +93,8 @@ def check_same_on_all_ranks(fingerprint: str, what: str) -> None:
     different = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if different:
         raise ConfigError(
-            f"Ranks {different} have another {what} ({fingerprints[different[0]][:12]}) than rank 0 "
+            f"Ranks {different} have another configuration or other data ({fingerprints[different[0]][:12]}) than rank "
+            "0 "
             f"({fingerprints[0][:12]}). "
             "All ranks must see the same recipes, overrides and data."
         )
@@ -93,3 +105,26 @@ def any_rank(value: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
+
+
+Result = TypeVar("Result")
+
+
+def from_rank_zero(act: Callable[[], Result]) -> Result:
+    """Let rank 0 look at or change the disk and tell all ranks what came of it, so that they go on, or fail, together.
+
+    Raises:
+        NemotronTrainError: on every rank, if rank 0's `act` raised it. An OSError there becomes a CheckpointError.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except NemotronTrainError as error:
+            outcome[1] = error
+        except OSError as error:
+            outcome[1] = CheckpointError(str(error))
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

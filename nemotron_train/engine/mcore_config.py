@@ -48,8 +48,7 @@ def build_transformer_config(config: RunConfig, num_layers: int, operations: Ope
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # With two interleaved stages both neighbours of a rank are the same rank, and batched sends and receives
-        # between
-        # the two get mixed up; overlapped, unbatched ones do not.
+        # between the two get mixed up; overlapped, unbatched ones do not.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=pipelined and not interleaved,
         recompute_granularity="selective" if config.train.recompute is Recompute.selective else None,

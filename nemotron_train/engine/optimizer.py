@@ -13,6 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from nemotron_train.config.schema import OptimSection
 from nemotron_train.engine.wrap import ModelChunk
 
 Optimizer: TypeAlias = MegatronOptimizer  # the name the rest of the house uses
@@ -50,11 +51,14 @@ def build_optimizer(
     return get_megatron_optimizer(config, list(chunks), config_overrides=overrides, use_gloo_process_groups=False)
 
 
-def set_rates(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """Set learning rate and weight decay of every parameter group for the coming step."""
+def set_hyperparameters(optimizer: Optimizer, optim: OptimSection, learning_rate: float) -> None:
+    """Set what the coming step uses in every parameter group. A loaded checkpoint brings its own values, which must not
+    stay."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"] = (optim.adam_beta1, optim.adam_beta2)
+        group["eps"] = optim.adam_epsilon
 
 
 def take_step(optimizer: Optimizer) -> OptimizerStep:
@@ -79,8 +83,8 @@ def allocate_state(optimizer: Optimizer) -> None:
     into.
 
     Megatron-Core (0.16) asks for the counters before loading, and then forgets to set them parameter by parameter; it
-    has read them from the
-    parameter groups by then. To be deleted when its `_set_main_param_and_optimizer_states` leaves `step` alone.
+    has read them from the parameter groups by then. To be deleted when its `_set_main_param_and_optimizer_states`
+    leaves `step` alone.
     """
     for part in optimizer.chained_optimizers:
         adam = part.optimizer

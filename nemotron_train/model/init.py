@@ -1,9 +1,8 @@
 """Initial weights, as a function of (seed, parameter name) alone: every layout starts from the same model.
 
 Sources: normal(init_std) and the scaled output projections are Megatron-Core's (`init_method_normal`,
-`scaled_init_method_normal` with
-`is_hybrid_model`); convolution, dt_bias, A_log and D are Mamba-2's (arXiv 2405.21060 and its released code), as
-Megatron-Core's mixer has them.
+`scaled_init_method_normal` with `is_hybrid_model`); convolution, dt_bias, A_log and D are Mamba-2's (arXiv 2405.21060
+and its released code), as Megatron-Core's mixer has them.
 """
 
 import hashlib

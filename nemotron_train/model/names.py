@@ -1,8 +1,7 @@
 """What a parameter's name says about it: how tensor parallelism splits it, whether weights decay, how it starts.
 
 One table for initialisation, the optimizer, checkpoints and conversion. Names are those of Megatron-Core 0.16's hybrid
-model with Transformer
-Engine layers, with the global layer number: `decoder.layers.3.mixer.in_proj.weight`.
+model with Transformer Engine layers, with the global layer number: `decoder.layers.3.mixer.in_proj.weight`.
 """
 
 from dataclasses import dataclass

@@ -22,10 +22,8 @@ def _is_float32_vector(name: str) -> bool:
 
 
 # Matrices, the default group, decay. Norms, biases, A_log, D and dt_bias do not: they scale or shift, and zero is no
-# neutral value for them.
-# Those that stay in float32 form a group of their own, because Megatron-Core's distributed optimizer (0.16) mixes up a
-# group's master
-# weights in a checkpoint when it holds two dtypes.
+# neutral value for them. Those that stay in float32 form a group of their own, because Megatron-Core's distributed
+# optimizer (0.16) mixes up a group's master weights in a checkpoint when it holds two dtypes.
 VECTOR_GROUPS = (
     ParameterGroup("vectors", _is_vector, decay_factor=0.0),
     ParameterGroup("float32_vectors", _is_float32_vector, decay_factor=0.0),

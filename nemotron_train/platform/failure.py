@@ -30,9 +30,10 @@ _LOST_CONNECTION = (
 def report_failure(error: BaseException, me: LaunchedRank) -> None:
     """Say why this rank fails: in full if it is the first to, else in one line that names the first cause."""
     lost = _lost_connection(error)
-    summary = (
-        "lost its connection to another rank, which died or was killed" if lost else f"{type(error).__name__}: {error}"
-    )
+    first_line = (str(error).splitlines() or [""])[0]
+    summary = f"{type(error).__name__}: {first_line}"
+    if lost:
+        summary = "lost its connection to another rank, which died or was killed"
     first = _first_cause(f"rank {me.rank}: {summary}", me) if me.world_size > 1 else None
     if first is not None:
         logger.error("Stopping, because another rank failed first (%s).", first)
@@ -40,7 +41,7 @@ def report_failure(error: BaseException, me: LaunchedRank) -> None:
     if isinstance(error, NemotronTrainError):
         logger.error("%s: %s", type(error).__name__, error)
     elif lost:
-        logger.error("This rank %s: %s", summary, str(error).splitlines()[0])
+        logger.error("This rank %s: %s", summary, first_line)
     else:
         logger.error("Unexpected %s", type(error).__name__, exc_info=error)
     if me.is_launched:

@@ -14,11 +14,7 @@ class LaunchedRank:
     rank: int
     world_size: int
     local_rank: int  # index of this process, and of its GPU, on its node
-
-    @property
-    def is_launched(self) -> bool:
-        """Whether a launcher started this process and serves a rendezvous (MASTER_ADDR and MASTER_PORT)."""
-        return "MASTER_ADDR" in os.environ
+    is_launched: bool = False  # by a launcher that serves a rendezvous at MASTER_ADDR, MASTER_PORT
 
 
 def launched_rank() -> LaunchedRank:
@@ -27,9 +23,9 @@ def launched_rank() -> LaunchedRank:
     Raises:
         ConfigError: only some of RANK, WORLD_SIZE and LOCAL_RANK are set, or one is not a number.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found:
+    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         return LaunchedRank(rank=0, world_size=1, local_rank=0)
     missing = [name for name in names if name not in found]
     if missing:
@@ -37,8 +33,7 @@ def launched_rank() -> LaunchedRank:
             f"The environment sets {', '.join(found)} but not {', '.join(missing)}. Start with torchrun, or unset them."
         )
     try:
-        return LaunchedRank(
-            rank=int(found["RANK"]), world_size=int(found["WORLD_SIZE"]), local_rank=int(found["LOCAL_RANK"])
-        )
+        rank, world_size, local_rank = (int(found[name]) for name in names[:3])
+        return LaunchedRank(rank=rank, world_size=world_size, local_rank=local_rank, is_launched=True)
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, not {found}.") from error

@@ -25,8 +25,7 @@ from tests.ranks import RankPool
 from tests.small_runs import small_config
 
 # Megatron-Core 0.16.1: the sharded state of `MambaModel` with the specification of `mamba_layer_specs.py` (Transformer
-# Engine layers),
-# for the pattern "M*-"; packed rows as `MambaMixer.sharded_state_dict` splits them.
+# Engine layers), for the pattern "M*-"; packed rows as `MambaMixer.sharded_state_dict` splits them.
 MODEL_KEYS = {
     "embedding.word_embeddings.weight",
     "decoder.layers.0.mixer.in_proj.layer_norm_weight",

@@ -85,16 +85,19 @@ def test_a_killed_rank_stops_the_others(config_path: Path, tmp_path: Path) -> No
     assert (folder.name, passed_over) == ("step_000000004", [])
 
 
-def test_a_stop_signal_saves_and_the_same_command_goes_on(config_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_signal_saves_and_the_same_command_goes_on(config_path: Path, tmp_path: Path, ranks: int) -> None:
     """Fails if SIGTERM loses steps, the exit code does not ask for a requeue, or the next start begins anew."""
-    process = start(config_path, 1)
+    process = start(config_path, ranks)
     wait_for_step(process, tmp_path / "run", 5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # to torchrun where there is one, which passes it on
     output = finish(process)
-    assert process.returncode == EXIT_REQUEUE, output
+    assert process.returncode == (EXIT_REQUEUE if ranks == 1 else 1), output
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert saved_steps(tmp_path / "run")[-1] == last
     assert f"goes on from step {last}" in output
+    if ranks > 1:
+        return
     again = start(config_path, 1)
     wait_for_step(again, tmp_path / "run", last + 1)
     again.send_signal(signal.SIGINT)

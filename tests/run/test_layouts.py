@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_train.config.schema import PrecisionFormat, Recompute
+from nemotron_train.config.schema import BatchStep, PrecisionFormat, Recompute
 from tests.ranks import RankPool
 from tests.small_runs import small_config, train
 
@@ -116,8 +116,6 @@ def test_cutting_the_pipeline_by_hand_changes_nothing(runs: Runs) -> None:
 
 def test_the_batch_grows_with_the_tokens(runs: Runs) -> None:
     """Fails if train.batch_schedule is ignored, or counts tokens wrongly: 4 steps of 8 samples, then 8 steps of 16."""
-    from nemotron_train.config.schema import BatchStep
-
     losses, _ = runs.curve(2, (), 2, (("train", "batch_schedule", (BatchStep(4 * 8 * 32, 16),)),))
     assert len(losses) == 4 + 8
     assert losses[:4] == pytest.approx(runs.curve(1, (), 2)[0][:4], rel=1e-5)

@@ -1,10 +1,11 @@
 """Stopping and going on changes nothing, at any step and on any number of data-parallel ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nemotron_train.config.schema import RunConfig
+from nemotron_train.config.schema import PrecisionFormat, RunConfig
 from nemotron_train.data.run_data import open_run_data
 from tests.ranks import RankPool
 from tests.small_runs import read_metrics, small_config, train
@@ -39,8 +40,6 @@ def test_a_run_that_stopped_goes_on_bitwise(
 def test_bf16_resumes_bitwise_from_its_float32_master_weights(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     """Fails if a resume starts from weights rounded to bf16, or mixes the master weights of one group with
     another's."""
-    from nemotron_train.config.schema import PrecisionFormat
-
     curves = []
     for name, stops in (("straight", [None]), ("stopped", [5, None])):
         config = small_config(corpus, tmp_path / name, steps=STEPS, precision={"format": PrecisionFormat.bf16})
@@ -85,9 +84,42 @@ def test_a_longer_run_goes_on_where_the_shorter_one_ended(ranks: RankPool, corpu
     assert len(losses(tmp_path / "short")) == STEPS
 
 
-def changed(config: RunConfig, corpus: Path) -> dict[str, RunConfig]:
-    from dataclasses import replace
+def test_a_damaged_checkpoint_is_passed_over_and_its_step_saved_again(
+    ranks: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    """Fails if a run that fell back to an older checkpoint stops for ever at the step of the damaged one."""
+    config = small_config(corpus, tmp_path, steps=6, checkpoint={"every_steps": 2})
+    ranks.run(train, 1, config, 4)
+    metadata = tmp_path / "checkpoints" / "step_000000004" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:-1])
+    ranks.run(train, 1, config)
+    assert len(losses(tmp_path)) == 6
+    folders = sorted(path.name.split("-")[0] for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == [
+        "step_000000002",
+        "step_000000004",
+        "step_000000004.damaged",
+        "step_000000006",
+    ]
 
+
+@pytest.mark.parametrize(("key", "value"), [("adam_beta1", 0.5), ("adam_beta2", 0.5), ("adam_epsilon", 1e-2)])
+def test_a_resumed_run_uses_the_optimizer_it_is_asked_for(
+    ranks: RankPool, corpus: Path, tmp_path: Path, key: str, value: float
+) -> None:
+    """Fails if a checkpoint's own betas and epsilon silently replace the configured ones."""
+    ranks.run(train, 1, small_config(corpus, tmp_path, steps=6), 2)
+    start = str(tmp_path / "checkpoints" / "step_000000002")
+    curves = []
+    for name, optim in (("same", {}), ("changed", {key: value})):
+        config = small_config(corpus, tmp_path / name, steps=6, optim=optim, checkpoint={"resume": start})
+        ranks.run(train, 1, config)
+        curves.append(losses(tmp_path / name))
+    assert curves[0][:1] == curves[1][:1]  # the first loss is before any update with the new values
+    assert curves[0][-1] != curves[1][-1]
+
+
+def changed(config: RunConfig, corpus: Path) -> dict[str, RunConfig]:
     data = replace(config.data, phases=[replace(config.data.phases[0], weights=config.data.phases[1].weights)])
     return {
         "run.seed": replace(config, run=replace(config.run, seed=6)),
