@@ -17,7 +17,7 @@ LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4321\nat some 
 
 
 def rank(number: int) -> LaunchedRank:
-    return LaunchedRank(rank=number, world_size=4, local_rank=number)
+    return LaunchedRank(rank=number, world_size=4, local_rank=number, is_launched=True)
 
 
 @pytest.fixture

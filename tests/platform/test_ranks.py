@@ -5,7 +5,8 @@ import pytest
 from nemotron_train.errors import ConfigError
 from nemotron_train.platform.ranks import LaunchedRank, launched_rank
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RENDEZVOUS = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +22,16 @@ def test_without_a_launcher_a_process_is_alone() -> None:
     assert not me.is_launched
 
 
+def test_a_rendezvous_without_a_rank_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if MASTER_ADDR, which some clusters export everywhere, makes a lone process wait for others."""
+    for name, value in RENDEZVOUS.items():
+        monkeypatch.setenv(name, value)
+    assert not launched_rank().is_launched
+
+
 def test_a_launcher_says_which_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the three numbers change places: a rank of the second node has another local rank."""
-    for name, value in zip(NAMES, ("11", "16", "3", "node-a"), strict=True):
+    for name, value in zip(NAMES, ("11", "16", "3", "node-a", "29500"), strict=True):
         monkeypatch.setenv(name, value)
     me = launched_rank()
     assert (me.rank, me.world_size, me.local_rank) == (11, 16, 3)
@@ -36,8 +44,9 @@ def test_a_launcher_says_which_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RANK": "0"}, "sets RANK but not WORLD_SIZE, LOCAL_RANK"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "sets RANK, WORLD_SIZE but not LOCAL_RANK"),
         ({"LOCAL_RANK": "1"}, "sets LOCAL_RANK but not RANK, WORLD_SIZE"),
-        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "whole numbers.*'one'"),
-        ({"RANK": "", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "whole numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **RENDEZVOUS}, "whole numbers.*'one'"),
+        ({"RANK": "", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **RENDEZVOUS}, "whole numbers"),
     ],
 )
 def test_half_a_launch_is_refused(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
