@@ -7,6 +7,7 @@ is, and a few continuations of held-out text. Sampling runs the reference model 
 and slow, good for a few lines.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -53,9 +54,10 @@ def report(run_dir: Path, console: Console) -> None:
     trained = [record for record in records if record.get("loss") is not None]
     evaluated = [record for record in records if record.get("eval_loss") is not None]
     console.print()
+    first, last = trained[0], trained[-1]
     console.print(
-        f"Training loss: {trained[0]['loss']:.3f} nats a token at step 1, {trained[-1]['loss']:.3f} at step "
-        f"{trained[-1]['step']}."
+        f"Training loss: {first['loss']:.3f} nats a token at step {first['step']}, {last['loss']:.3f} at step "
+        f"{last['step']}."
     )
     if evaluated:
         console.print(table_of_losses(evaluated[-1], ngrams))
@@ -106,7 +108,7 @@ def table_of_losses(record: dict, ngrams: NgramReport) -> Table:
         )
 
     for name, counted in ngrams.sources.items():
-        add(name, record[f"eval_loss/{name}"], counted)
+        add(name, record.get(f"eval_loss/{name}", math.nan), counted)
     table.add_section()
     add("all", record["eval_loss"], ngrams.pooled)
     return table

@@ -157,11 +157,16 @@ def test_a_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError, match="step_000000010 exists already"):
         start_folder(tmp_path, 10)
-    without_commit(folder)
-    with pytest.raises(CheckpointError, match="exists already"):
-        start_folder(tmp_path, 10)
-    del before[folder / COMMIT_FILE]
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_folder_is_moved_aside_not_lost(tmp_path: Path) -> None:
+    """Fails if a run that fell back to an older checkpoint cannot save the damaged one's step again, or deletes it."""
+    without_commit(write_checkpoint(tmp_path, 10))
+    start_folder(tmp_path, 10)
+    (kept,) = tmp_path.glob("step_000000010.damaged-*")
+    assert (kept / "metadata").read_bytes() == b"m" * 7
+    assert newest_checkpoint(tmp_path) == (None, [])
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
