@@ -44,7 +44,8 @@ def test_a_commit_says_what_was_saved_and_lists_every_file(tmp_path: Path) -> No
     assert folder == tmp_path / "step_000000100"
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000100"]
     assert read_commit(folder) == Commit(
-        step=100, consumed_tokens=25_600, skipped_steps=1, origin=None, model={"hidden_size": 8}, config_fingerprint="f",
+        step=100, consumed_tokens=25_600, skipped_steps=1, origin=None, model={"hidden_size": 8},
+        config_fingerprint="f",
         data_hash="d", layout={"tensor": 2}, versions={"torch": "2"}, files={"metadata": 7, "part/weights": 100},
     )  # fmt: skip
 
@@ -204,13 +205,13 @@ def test_a_named_folder_is_where_a_new_run_starts(tmp_path: Path) -> None:
 
 
 def test_started_again_a_run_goes_on_from_its_own_checkpoints(tmp_path: Path) -> None:
-    """Fails if the same command begins anew at the named folder, rewinds where it would overwrite, or takes another run."""
+    """Fails if the same command begins anew at the named folder, rewinds to overwrite, or takes another run."""
     named = write_checkpoint(tmp_path / "elsewhere", 10)
     older = write_checkpoint(tmp_path / "checkpoints", 15, str(named))
     newest = write_checkpoint(tmp_path / "checkpoints", 20, str(named))
     assert choose_checkpoint(config_of(tmp_path, str(named))) == newest
     assert choose_checkpoint(config_of(tmp_path, str(newest))) == newest
-    with pytest.raises(ConfigError, match="step_000000015, but .*step_000000020 is newer"):
+    with pytest.raises(ConfigError, match=r"step_000000015, but .*step_000000020 is newer"):
         choose_checkpoint(config_of(tmp_path, str(older)))
     other = write_checkpoint(tmp_path / "elsewhere", 12)
     with pytest.raises(ConfigError, match=r"step_000000012, but .* started from .*step_000000010"):
