@@ -138,7 +138,7 @@ class Trainer:
                 writers.write(self.step_record(before, progress, result, speed))
             if is_due(self.config.checkpoint.every_steps, progress.step) or at_end or stopped:
                 self.save(progress, writers)
-            if is_due(train.eval_every_steps, progress.step) and not stopped or at_end:
+            if (is_due(train.eval_every_steps, progress.step) and not stopped) or at_end:
                 self.evaluate_and_draw(progress, writers)
             if stopped and not at_end:
                 writers.event(

@@ -12,7 +12,6 @@ from nemotron_train.config.schema import RunConfig
 from nemotron_train.config.typed import read_run_config
 from nemotron_train.plan.run_plan import RunPlan, plan_run
 
-
 FIXED = (
     "experiment=quickstart",
     "model.hidden_size=160",
