@@ -1,7 +1,8 @@
 """The parts of a layer in plain torch: linears, norms and attention that run on any device.
 
-They take the constructor arguments of Megatron-Core's Transformer Engine layers and hold parameters of the same names and shapes
-(`layer_norm_weight` inside the projection that follows the norm), so a checkpoint does not know which of them wrote it.
+They take the constructor arguments of Megatron-Core's Transformer Engine layers and hold parameters of the same names
+and shapes (`layer_norm_weight` inside the projection that follows the norm), so a checkpoint does not know which of
+them wrote it.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,11 @@ from nemotron_train.ops.rms_norm import rms_norm
 
 
 def make_norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
-    """A norm's scale. Under sequence parallelism each rank sees part of the sequence, so its gradient is summed over tensor-parallel ranks."""
+    """A norm's scale.
+
+    Under sequence parallelism each rank sees part of the sequence, so its gradient is summed over tensor-parallel
+    ranks.
+    """
     weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device()))
     weight.sequence_parallel = config.sequence_parallel
     return weight
@@ -38,9 +43,11 @@ class RMSNorm(nn.Module):
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm followed by a column-parallel linear: the plain counterpart of Transformer Engine's fused LayerNormLinear."""
+    """RMSNorm followed by a column-parallel linear: the counterpart of Transformer Engine's fused LayerNormLinear."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Callable, **kwargs: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Callable, **kwargs: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, init_method=init_method, **kwargs)
         self.epsilon = config.layernorm_epsilon
         self.layer_norm_weight = make_norm_weight(config, input_size)
@@ -58,11 +65,8 @@ class CausalAttention(nn.Module):
     def forward(self, query_SBhP: Tensor, key_SBgP: Tensor, value_SBgP: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the heads side by side, [S, B, h * P]."""
         seq, batch, heads, head_dim = query_SBhP.shape
-        repeats = heads // key_SBgP.shape[2]  # the fused CPU kernel wants as many key heads as query heads
-        q, k, v = (
-            t.repeat_interleave(repeats if t is not query_SBhP else 1, dim=2).permute(1, 2, 0, 3) for t in (query_SBhP, key_SBgP, value_SBgP)
-        )
-        out_BhSP = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query_SBhP, key_SBgP, value_SBgP))
+        out_BhSP = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out_BhSP.permute(2, 0, 1, 3).reshape(seq, batch, heads * head_dim)
 
 

@@ -1,14 +1,12 @@
 """The Mamba-2 mixer of a training run, with its heads and groups split over tensor-parallel ranks.
 
-Source: Mamba-2, arXiv 2405.21060; parameter names and packing as in Megatron-Core 0.16's `MambaMixer`. `model/reference/mamba2_mixer.py` is the
-same mathematics in full, on one device. The arithmetic itself is in `ops/`.
+Source: Mamba-2, arXiv 2405.21060; parameter names and packing as in Megatron-Core 0.16's `MambaMixer`.
+`model/reference/mamba2_mixer.py` is the same mathematics in full, on one device. The arithmetic itself is in `ops/`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -20,29 +18,9 @@ from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.model.names import part_rows
 from nemotron_train.model.sharding import shard_packed, sharded_parameters
 from nemotron_train.ops.implementations import Operations
+from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 
-# Shapes: S sequence, B micro-batch, D hidden, H heads, G groups, P head dim, N state; I = H * P. Lower case: this rank's share.
-
-
-@dataclass(frozen=True)
-class MixerSizes:
-    """This rank's share of a mixer."""
-
-    heads: int
-    head_dim: int
-    groups: int
-    state: int
-    conv_kernel: int
-    chunk: int  # tokens per chunk of the scan
-    epsilon: float
-
-    @property
-    def inner(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def conv_channels(self) -> int:
-        return self.inner + 2 * self.groups * self.state
+# Shapes: S sequence, B micro-batch, D hidden, H heads, I = H times head dim. Lower case: this rank's share.
 
 
 class _Weights(nn.Module):
@@ -56,7 +34,12 @@ class _Weights(nn.Module):
 
 class Mamba2Mixer(MegatronModule):
     def __init__(
-        self, config: TransformerConfig, model: ModelSection, parts: LayerParts, operations: Operations, groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        model: ModelSection,
+        parts: LayerParts,
+        operations: Operations,
+        groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
         self.model, self.operations, self.tp_group = model, operations, groups.tp
@@ -72,18 +55,30 @@ class Mamba2Mixer(MegatronModule):
         )
         linear: dict[str, Any] = dict(config=config, bias=False, is_expert=False, tp_group=groups.tp)
         self.in_proj = parts.norm_column_linear(
-            model.hidden_size, sum(part_rows("zxBCd", model)), init_method=config.init_method, gather_output=False, skip_bias_add=False,
-            tp_comm_buffer_name="fc1", **linear,
-        )  # fmt: skip
+            model.hidden_size,
+            sum(part_rows("zxBCd", model)),
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            **linear,
+        )
         self.out_proj = parts.row_linear(
-            model.mamba_num_heads * model.mamba_head_dim, model.hidden_size, init_method=config.output_layer_init_method, input_is_parallel=True,
-            skip_bias_add=True, tp_comm_buffer_name="fc2", **linear,
-        )  # fmt: skip
+            model.mamba_num_heads * model.mamba_head_dim,
+            model.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **linear,
+        )
 
         def parameter(*shape: int, dtype: torch.dtype = config.params_dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))
 
-        self.conv1d = _Weights(weight=parameter(sizes.conv_channels, 1, sizes.conv_kernel), bias=parameter(sizes.conv_channels))
+        self.conv1d = _Weights(
+            weight=parameter(sizes.conv_channels, 1, sizes.conv_kernel), bias=parameter(sizes.conv_channels)
+        )
         self.norm = _Weights(weight=parameter(sizes.inner))
         # Step sizes and decay rates act through exponentials: kept in float32 whatever the weights are.
         self.dt_bias = parameter(sizes.heads, dtype=torch.float32)
@@ -101,28 +96,23 @@ class Mamba2Mixer(MegatronModule):
 
     def _mix(self, zxBCdt_SBf: Tensor) -> Tensor:
         """Convolution, scan and gated norm between the two projections: [S, B, f] -> [S, B, i]."""
-        sizes, ops = self.sizes, self.operations
-        z_SBi, xBC_SBc, dt_SBh = zxBCdt_SBf.split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
-        # Views: convolution and scan read and write the sequence-first memory as it lies.
-        xBC_BSc = ops.causal_conv_silu(xBC_SBc.transpose(0, 1), self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        x_BSi, B_BSn, C_BSn = xBC_BSc.split([sizes.inner, sizes.groups * sizes.state, sizes.groups * sizes.state], dim=-1)
-        y_BShP = ops.ssd(
-            x_BSi.unflatten(-1, (sizes.heads, sizes.head_dim)),
-            F.softplus(dt_SBh.transpose(0, 1).float() + self.dt_bias),
-            -torch.exp(self.A_log),
-            B_BSn.unflatten(-1, (sizes.groups, sizes.state)),
-            C_BSn.unflatten(-1, (sizes.groups, sizes.state)),
-            self.D,
-            chunk_size=sizes.chunk,
+        weights = CoreWeights(
+            conv_CK=self.conv1d.weight.squeeze(1),
+            conv_bias_C=self.conv1d.bias,
+            dt_bias_H=self.dt_bias,
+            A_H=-torch.exp(self.A_log),
+            D_H=self.D,
+            norm_I=self.norm.weight,
         )
-        y_SBi = y_BShP.transpose(0, 1).flatten(-2)
-        return ops.gated_rms_norm(y_SBi, z_SBi, self.norm.weight, num_groups=sizes.groups, epsilon=sizes.epsilon)
+        return self.operations.mamba_core(zxBCdt_SBf, weights, self.sizes)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Checkpoint layout of Megatron-Core: packed rows are stored as their parts, so that any tensor-parallel size can read them."""
+        """Checkpoint layout of Megatron-Core: packed rows are stored in parts, for any tensor-parallel size to read."""
         state = sharded_parameters(self, prefix, self.tp_group, metadata)
         for module, name in ((self.in_proj, "in_proj"), (self.out_proj, "out_proj")):
             state.update(module.sharded_state_dict(f"{prefix}{name}.", (), metadata))
         for name, parts in (("in_proj.weight", "zxBCd"), ("conv1d.weight", "xBC"), ("conv1d.bias", "xBC")):
-            state[prefix + name] = shard_packed(state[prefix + name], parts, part_rows(parts, self.model, self.tp_group.size()))
+            state[prefix + name] = shard_packed(
+                state[prefix + name], parts, part_rows(parts, self.model, self.tp_group.size())
+            )
         return state

@@ -8,6 +8,7 @@ from torch import Tensor
 from nemotron_train.errors import ConfigError
 from nemotron_train.ops.causal_conv import causal_conv_silu
 from nemotron_train.ops.gated_norm import gated_rms_norm
+from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes, mamba_core
 from nemotron_train.ops.squared_relu import squared_relu
 from nemotron_train.ops.ssd import ssd
 
@@ -20,6 +21,7 @@ class Operations:
     ssd: Callable[..., Tensor]
     causal_conv_silu: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_rms_norm: Callable[..., Tensor]
+    mamba_core: Callable[[Tensor, CoreWeights, MixerSizes], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
 
 
@@ -31,6 +33,7 @@ _IMPLEMENTATIONS = {
             ssd=ssd,
             causal_conv_silu=causal_conv_silu,
             gated_rms_norm=gated_rms_norm,
+            mamba_core=mamba_core,
             squared_relu=squared_relu,
         ),
     )

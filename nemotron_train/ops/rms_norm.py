@@ -28,7 +28,8 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         dtype, channels = scale.dtype, x.shape[-1]
         dout_TC, x_TC, scale_T1 = (t.flatten(0, -2).to(dtype) for t in (dout, x, scale))
-        # Both sums, over tokens for the weight and over channels for the mean square, are matrix-vector products of one tensor.
+        # Both sums, over tokens for the weight and over channels for the mean square, are matrix-vector products of one
+        # tensor.
         product_TC = dout_TC * x_TC
         dweight_C = product_TC.mT @ scale_T1.squeeze(-1)
         along_T1 = (product_TC @ weight.to(dtype)).unsqueeze(-1)

@@ -1,24 +1,34 @@
 """How does the state-space scan (SSD) of Mamba-2 run fast in plain torch, forward and backward?
 
 The sequence is cut into chunks. Inside a chunk the scan is a masked matrix product per head (attention without
-softmax); between chunks a state of P x N numbers per head is carried by a short loop. The backward pass is written by
-hand: autograd would keep every intermediate, and would expand B and C, which a group of heads shares, to all heads.
+softmax); from chunk to chunk a state of P x N numbers per head is carried. What is small beside x (decays, scores) is
+computed for all chunks at once (`ssd_chunks.py`); what is as large as x is computed chunk by chunk in memory that every
+chunk uses again, so that the elementwise passes work in a core's cache. The backward pass is written by hand: autograd
+would keep every intermediate, and would expand B and C, which a group of heads shares, to all heads.
 `model/reference/ssd.py` has the definition.
 
 Source: Mamba-2, arXiv 2405.21060, section 6.
 
 Shapes: B micro-batch, S sequence, H heads, P head dim, G groups of heads that share B and C, N state dim; R = H/G
-heads of a group, K chunks, L tokens of a chunk (l the token that reads, s the token that wrote). A, B, C, D and dt
-are also the paper's names. Inside, two orders are used, both with K and B in front: "by head" (G R L P), where each
-head is one matrix, for what differs between heads, and "by group" (G L R P), where the heads of a group are columns
-of one matrix, for products with the shared B and C.
+heads of a group, K chunks, L tokens of a chunk. A, B, C, D and dt are also the paper's names. Inside, tokens come
+first; memory in the order (L B G R P) is, without a copy, one matrix (L, P) for each of the Y = B H heads, and one
+matrix (L, Q = R P) for each of the X = B G groups.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from nemotron_train.ops.ssd_chunks import (
+    AllChunks,
+    ChunkFactors,
+    ChunkMemory,
+    ScanTensors,
+    by_head,
+    heads_by_token,
+    prepare,
+)
 
 
 def ssd(
@@ -33,216 +43,193 @@ def ssd(
     Returns:
         y_BSHP in x's dtype. States and decays are float32 whatever the inputs are (float64 for float64 inputs).
     """
-    seq_length = x_BSHP.shape[1]
-    chunk_length = min(chunk_size, seq_length)
-    tail = -seq_length % chunk_length
-    if not tail:
-        return _ChunkedScan.apply(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_length)
-    # A token with dt = 0 neither decays the state nor writes to it, so padding at the end changes nothing before it.
-    x, B, C = (functional.pad(t, (0, 0, 0, 0, 0, tail)) for t in (x_BSHP, B_BSGN, C_BSGN))
-    dt = functional.pad(dt_BSH, (0, 0, 0, tail))
-    return _ChunkedScan.apply(x, dt, A_H, B, C, D_H, chunk_length)[:, :seq_length]
-
-
-class _Chunked(NamedTuple):
-    """The inputs cut into chunks, in the compute dtype, and the decays that follow from dt and A."""
-
-    x_KBGRLP: Tensor  # view, by head
-    u_KBGRLP: Tensor  # dt * x, what a token writes
-    dt_KBGRL: Tensor
-    B_XLN: Tensor  # X = K B G: one matrix for each group
-    C_XLN: Tensor
-    log_decay_KBGRL: Tensor  # sum of dt * A from the start of the chunk up to and with the token; <= 0
-
-    @property
-    def decay_from_start(self) -> Tensor:
-        """From the state before the chunk to token l; by group, with an axis for P."""
-        return _limited_exp_(self.log_decay_KBGRL.clone()).transpose(-1, -2).unsqueeze(-1)
-
-    @property
-    def decay_to_end(self) -> Tensor:
-        """From token s to the state after the chunk."""
-        return _limited_exp_(self.log_decay_KBGRL[..., -1:] - self.log_decay_KBGRL)
-
-    @property
-    def decay_of_chunk(self) -> Tensor:
-        """Over the whole chunk, with axes for P and N."""
-        return _limited_exp_(self.log_decay_KBGRL[..., -1, None, None].clone())
-
-    @property
-    def own_scores(self) -> Tensor:
-        """C_t . B_t of each token t (K B G 1 L)."""
-        return (self.C_XLN * self.B_XLN).sum(-1).view_as(self.dt_KBGRL[:, :, :, 0]).unsqueeze(3)
-
-    def own_factor(self, D_H: Tensor) -> Tensor:
-        """What a token's y takes of its own x (K B G R L): through the state, without decay, and the skip."""
-        D_GR1 = D_H.to(self.dt_KBGRL.dtype).view(*self.dt_KBGRL.shape[2:4], 1)
-        return torch.addcmul(D_GR1, self.own_scores, self.dt_KBGRL)
-
-    def decay_between_tokens(self) -> Tensor:
-        """From token s to token l (axes l, s); 1 where s comes after l, which `_past_scores` masks."""
-        cum = self.log_decay_KBGRL
-        # Above the diagonal the difference is positive; limited before the exponential, so that nothing overflows.
-        return _limited_exp_(cum.unsqueeze(-1) - cum.unsqueeze(-2))
-
-
-def _limited_exp_(log_decay: Tensor) -> Tensor:
-    """Turn log decays, in place, into decays within [exp(-40), 1].
-
-    Beside terms of order one exp(-40) = 4e-18 is nothing even in float64. Smaller decays would only bring denormal
-    numbers, over which processors are slow: fast-forgetting heads made the matrix products take five times as long.
-    """
-    return log_decay.clamp_(-40.0, 0.0).exp_()
-
-
-def _cut(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_length: int) -> _Chunked:
-    groups, dtype = B.shape[2], _compute_dtype(x)
-    x_KBGRLP = _by_head(x.to(dtype), groups, chunk_length)
-    dt_KBGRL = _by_head(dt.to(dtype).unsqueeze(-1), groups, chunk_length).squeeze(-1).contiguous()
-    u_KBGRLP = torch.mul(x_KBGRLP, dt_KBGRL.unsqueeze(-1), out=_empty(x_KBGRLP))
-    log_decay = (dt_KBGRL * A.to(dtype).view(groups, -1, 1)).cumsum(-1)
-    B_XLN, C_XLN = (
-        t.to(dtype).unflatten(1, (-1, chunk_length)).permute(1, 0, 3, 2, 4).flatten(0, 2).contiguous() for t in (B, C)
-    )
-    return _Chunked(x_KBGRLP, u_KBGRLP, dt_KBGRL, B_XLN, C_XLN, log_decay)
-
-
-def _by_head(t_BSHP: Tensor, groups: int, chunk_length: int) -> Tensor:
-    """View (B S H P) as (K B G R L P)."""
-    return t_BSHP.unflatten(1, (-1, chunk_length)).unflatten(3, (groups, -1)).permute(1, 0, 3, 4, 2, 5)
-
-
-def _empty(like: Tensor) -> Tensor:
-    """Fresh contiguous memory of a tensor's size: `empty_like` would keep the order of its strides."""
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _ChunkedScan.apply(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, chunk_size)
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The scan over whole chunks. Kept for the backward: the inputs, what was read of the past, a state a chunk."""
-
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk_length: int
-    ) -> Tensor:
-        chunked = _cut(x, dt, A, B, C, chunk_length)
-        states_KBGRPN = _states_before_chunks(chunked)
-        past_KBGRLP = _read_past(chunked, states_KBGRPN)
-        y = torch.empty_like(x, dtype=past_KBGRLP.dtype)
-        y_KBGRLP = _by_head(y, B.shape[2], chunk_length)
-        torch.addcmul(past_KBGRLP, chunked.x_KBGRLP, chunked.own_factor(D).unsqueeze(-1), out=y_KBGRLP)
-        ctx.save_for_backward(x, dt, A, B, C, D, states_KBGRPN, past_KBGRLP)
-        ctx.chunk_length = chunk_length
-        return y.to(x.dtype)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, ctx.chunk_size = arguments
+        y_SBHP, kept = scan(_tokens_first(inputs), ctx.chunk_size)
+        ctx.save_for_backward(*inputs, *kept)
+        return y_SBHP.to(inputs[0].dtype).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, states_KBGRPN, past_KBGRLP = ctx.saved_tensors
-        return *_gradients(dy, inputs, states_KBGRPN, past_KBGRLP, ctx.chunk_length), None
+        *inputs, states, past = ctx.saved_tensors
+        gradients = [torch.empty_like(t) for t in inputs]
+        out = _tokens_first(gradients)
+        scan_gradients(dy.transpose(0, 1), _tokens_first(inputs), Kept(states, past), ctx.chunk_size, out=out)
+        return *gradients, None
 
 
-def _states_before_chunks(c: _Chunked) -> Tensor:
-    """Return the state (K B G R P N) that each chunk starts from."""
-    states = c.B_XLN.new_empty(*c.u_KBGRLP.shape[:4], c.u_KBGRLP.shape[-1], c.B_XLN.shape[-1])
-    states[0] = 0
-    written_KBGLRP = _written_to_state(c)
-    writers = written_KBGLRP.flatten(4).flatten(0, 2)
-    added = torch.bmm(writers.mT, c.B_XLN[: len(writers)]).view_as(states[1:])
-    before, after = states.unbind(), states[1:].unbind()
-    for added_k, before_k, decay_k, after_k in zip(added, before, c.decay_of_chunk.unbind(), after, strict=False):
-        torch.addcmul(added_k, before_k, decay_k, out=after_k)
-    return states
+def _tokens_first(tensors: list[Tensor]) -> ScanTensors:
+    x, dt, A, B, C, D = tensors
+    return ScanTensors(x.transpose(0, 1), dt.transpose(0, 1), A, B.transpose(0, 1), C.transpose(0, 1), D)
 
 
-def _written_to_state(c: _Chunked) -> Tensor:
-    """Return what the tokens of every chunk but the last add to the state after it, decayed; (K-1 B G L R P)."""
-    u = c.u_KBGRLP[:-1].transpose(3, 4)
-    return torch.mul(u, c.decay_to_end[:-1].transpose(3, 4).unsqueeze(-1), out=_empty(u))
+class Kept(NamedTuple):
+    """What `scan_gradients` wants back from `scan`."""
+
+    states_KXQN: Tensor  # before each chunk; the first, which is 0, is not set
+    past_KYLP: Tensor  # what each token reads of the tokens before it
 
 
-def _read_past(c: _Chunked, states_KBGRPN: Tensor) -> Tensor:
-    """Return what each token reads of the tokens before it (K B G R L P): in its chunk, and through the state."""
-    mixing_KBGRLL = c.decay_between_tokens().mul_(_past_scores(c))
-    past_KBGRLP = torch.bmm(mixing_KBGRLL.flatten(0, 3), c.u_KBGRLP.flatten(0, 3)).view_as(c.u_KBGRLP)
-    columns_XRPN = states_KBGRPN.flatten(3, 4).flatten(0, 2)
-    from_state = torch.bmm(c.C_XLN, columns_XRPN.mT).view_as(past_KBGRLP.transpose(3, 4))
-    return past_KBGRLP.addcmul_(from_state.transpose(3, 4), c.decay_from_start.transpose(3, 4))
+def scan(inputs: ScanTensors, chunk_size: int) -> tuple[Tensor, Kept]:
+    """Scan as `ssd` does; return y (S B H P) in the compute dtype."""
+    seq_length = len(inputs.x_SBHP)
+    inputs, length = _in_whole_chunks(inputs, chunk_size)
+    all_chunks = prepare(inputs, length)
+    memory = ChunkMemory(all_chunks, inputs.x_SBHP.shape[-1])
+    new, (count, groups, _, state_dim) = memory.u_LBGRP.new_empty, all_chunks.B_KXLN.shape
+    y_SBHP = new(inputs.x_SBHP.shape)
+    kept = Kept(new(count, groups, memory.work_XLQ.shape[-1], state_dim), new(count, *memory.u_YLP.shape))
+    x, y = (all_chunks.cut(t).unbind() for t in (inputs.x_SBHP, y_SBHP))
+    states, states_by_head = (t.unbind() for t in (kept.states_KXQN, _by_head(kept.states_KXQN, memory)))
+    past, past_by_token = kept.past_KYLP.unbind(), heads_by_token(kept.past_KYLP, memory.token_shape).unbind()
+    for k, factors in enumerate(all_chunks.factors(inputs.D_H)):
+        torch.mul(x[k], factors.dt_LBGR1, out=memory.u_LBGRP)
+        factors.decay_between_tokens(memory.mixing_BGRLL).mul_(factors.past_scores_BG1LL)
+        torch.bmm(memory.mixing_YLL, memory.u_YLP, out=past[k])
+        if k:
+            torch.bmm(factors.C_XLN, states[k].mT, out=memory.of_groups_XLQ)
+            past_by_token[k].addcmul_(memory.of_groups_LBGRP, factors.from_start_LBGR1)
+        torch.addcmul(past_by_token[k], x[k], factors.own_LBGR1, out=y[k])
+        if k + 1 < count:
+            torch.mul(memory.u_LBGRP, factors.to_end_LBGR1, out=memory.work_LBGRP)
+            torch.bmm(memory.work_XLQ.mT, factors.B_XLN, out=states[k + 1])
+            if k:
+                states_by_head[k + 1].addcmul_(states_by_head[k], factors.of_chunk_BGR11)
+    return y_SBHP[:seq_length], kept
 
 
-def _past_scores(c: _Chunked) -> Tensor:
-    """Return C_l . B_s for the tokens s before l of each chunk (K B G 1 L L), and 0 for the others."""
-    chunks, micro_batch, groups, _, length, _ = c.u_KBGRLP.shape
-    return torch.bmm(c.C_XLN, c.B_XLN.mT).tril_(-1).view(chunks, micro_batch, groups, 1, length, length)
-
-
-def _gradients(
-    dy: Tensor, inputs: list[Tensor], states_KBGRPN: Tensor, past_KBGRLP: Tensor, chunk_length: int
-) -> tuple[Tensor, ...]:
-    """Return the gradients of x, dt, A, B, C, D."""
-    x, dt, A, B, C, D = inputs
-    c = _cut(x, dt, A, B, C, chunk_length)
-    groups, heads, dtype = B.shape[2], c.u_KBGRLP.shape[2:4], past_KBGRLP.dtype
-    dy_KBGRLP = _by_head(dy.to(dtype), groups, chunk_length).contiguous()
-    du, dB_XLN, dC_XLN = _gradients_within_chunks(c, dy_KBGRLP)
-    d_end_KBGR = _add_gradients_through_states(c, states_KBGRPN, dy_KBGRLP, du, dB_XLN, dC_XLN)
-
-    x_dot_du = (c.x_KBGRLP * du).sum(-1)
-    x_dot_dy = (c.x_KBGRLP * dy_KBGRLP).sum(-1)
+def scan_gradients(dy_SBHP: Tensor, inputs: ScanTensors, kept: Kept, chunk_size: int, *, out: ScanTensors) -> None:
+    """Write into `out` the gradients of the inputs."""
+    seq_length = len(dy_SBHP)
+    inputs, length = _in_whole_chunks(inputs, chunk_size)
+    all_chunks = prepare(inputs, length)
+    if len(inputs.x_SBHP) == seq_length:
+        sums = _gradients_chunk_by_chunk(dy_SBHP, inputs, all_chunks, kept, out.x_SBHP)
+    else:
+        dx_SBHP = torch.empty_like(inputs.x_SBHP)
+        sums = _gradients_chunk_by_chunk(_pad(dy_SBHP, len(dx_SBHP)), inputs, all_chunks, kept, dx_SBHP)
+        out.x_SBHP.copy_(dx_SBHP[:seq_length])
+    dt, own_scores = all_chunks.dt_KLBGR, all_chunks.own_scores_KLBG1
     # A token's cumulative log decay scales up all that it reads of the past and scales down all that it writes for
     # later, so its gradient is dy . past - du . u: a sum over tokens, not over a matrix of tokens by tokens. A
     # token's own part would stand in both terms; it is kept out, so that it cannot drown the rest where decays are
     # strong.
-    d_cumulative = (past_KBGRLP * dy_KBGRLP).sum(-1) - c.dt_KBGRL * x_dot_du
-    d_cumulative[..., -1] += d_end_KBGR
-    d_log_decay = d_cumulative.flip(-1).cumsum(-1).flip(-1)
-    d_own_XL1 = (x_dot_dy * c.dt_KBGRL).sum(3).flatten(0, 2).unsqueeze(-1)
-    dB_XLN.addcmul_(d_own_XL1, c.C_XLN)
-    dC_XLN.addcmul_(d_own_XL1, c.B_XLN)
-
-    dx = torch.empty_like(x, dtype=dtype)
-    dx_KBGRLP = torch.mul(du, c.dt_KBGRL.unsqueeze(-1), out=_by_head(dx, groups, chunk_length))
-    dx_KBGRLP.addcmul_(dy_KBGRLP, c.own_factor(D).unsqueeze(-1))
-    ddt_KBGRL = x_dot_du + d_log_decay * A.to(dtype).view(*heads, 1) + x_dot_dy * c.own_scores
-    ddt = ddt_KBGRL.permute(1, 0, 4, 2, 3).reshape(dt.shape)
-    dA = (d_log_decay * c.dt_KBGRL).sum((0, 1, 4)).view(A.shape)
-    by_group = (*c.u_KBGRLP.shape[:3], chunk_length, -1)
-    dB, dC = (t.view(by_group).permute(1, 0, 3, 2, 4).reshape(B.shape) for t in (dB_XLN, dC_XLN))
-    dD = x_dot_dy.sum((0, 1, 4)).view(D.shape)
-    return tuple(d.to(t.dtype) for d, t in zip((dx, ddt, dA, dB, dC, dD), inputs, strict=True))
+    d_cumulative = sums.past_dot_dy.addcmul_(dt, sums.x_dot_du, value=-1)
+    d_cumulative[:, -1] += sums.state_ends_KBGR
+    d_log_decay = d_cumulative.flip(1).cumsum(1).flip(1)
+    A_GR = inputs.A_H.to(dt.dtype).view(dt.shape[3:])
+    ddt = sums.x_dot_du.addcmul_(d_log_decay, A_GR).addcmul_(sums.x_dot_dy, own_scores)
+    out.dt_SBH.copy_(ddt.flatten(3).flatten(0, 1)[:seq_length])
+    out.A_H.copy_((d_log_decay * dt).sum((0, 1, 2)).flatten())
+    out.D_H.copy_(sums.x_dot_dy.sum((0, 1, 2)).flatten())
+    for part, d_SBGN in zip(_score_gradients(sums, all_chunks), (out.B_SBGN, out.C_SBGN), strict=True):
+        d_SBGN.copy_(part.unflatten(1, dt.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(0, 1)[:seq_length])
 
 
-def _gradients_within_chunks(c: _Chunked, dy_KBGRLP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return du (K B G R L P), dB and dC (X L N) of what tokens read of the tokens before them in their own chunk."""
-    decay_KBGRLL = c.decay_between_tokens()
-    dy, u = dy_KBGRLP.flatten(0, 3), c.u_KBGRLP.flatten(0, 3)
-    d_mixing_KBGRLL = torch.bmm(dy, u.mT).view_as(decay_KBGRLL)
-    d_scores = d_mixing_KBGRLL.mul_(decay_KBGRLL).sum(3).tril_(-1).flatten(0, 2)
-    mixing_KBGRLL = decay_KBGRLL.mul_(_past_scores(c))
-    du = torch.bmm(mixing_KBGRLL.flatten(0, 3).mT, dy).view_as(dy_KBGRLP)
-    return du, torch.bmm(d_scores.mT, c.C_XLN), torch.bmm(d_scores, c.B_XLN)
+class _Sums(NamedTuple):
+    """What the loop over chunks gives of the gradients, beside dx."""
+
+    x_dot_dy: Tensor  # K L B G R, like the next two
+    x_dot_du: Tensor
+    past_dot_dy: Tensor
+    scores_KBGLL: Tensor
+    B_KXLN: Tensor  # through the states only, like the next one
+    C_KXLN: Tensor
+    state_ends_KBGR: Tensor  # of the log decay of a whole chunk, by the state after it
 
 
-def _add_gradients_through_states(
-    c: _Chunked, states_KBGRPN: Tensor, dy_KBGRLP: Tensor, du_KBGRLP: Tensor, dB_XLN: Tensor, dC_XLN: Tensor
-) -> Tensor:
-    """Add to du, dB and dC what passes through the states; return the gradient of each chunk's log decay (K B G R)."""
-    dy = dy_KBGRLP.transpose(3, 4)
-    dy_XLRP = torch.mul(dy, c.decay_from_start, out=_empty(dy)).flatten(4).flatten(0, 2)
-    dC_XLN.baddbmm_(dy_XLRP, states_KBGRPN.flatten(3, 4).flatten(0, 2))
-    d_states = torch.bmm(dy_XLRP.mT, c.C_XLN).view_as(states_KBGRPN)
-    decay = c.decay_of_chunk
-    for k in reversed(range(len(d_states) - 1)):
-        d_states[k].addcmul_(d_states[k + 1], decay[k])
+def _gradients_chunk_by_chunk(
+    dy_SBHP: Tensor, inputs: ScanTensors, all_chunks: AllChunks, kept: Kept, dx_SBHP: Tensor
+) -> _Sums:
+    """Go through the chunks from the last to the first; write dx."""
+    memory = ChunkMemory(all_chunks, dy_SBHP.shape[-1])
+    u, work, last = memory.u_LBGRP, memory.work_LBGRP, len(all_chunks.dt_KLBGR) - 1
+    per_head, per_group = all_chunks.dt_KLBGR, all_chunks.B_KXLN
+    sums = _Sums(
+        x_dot_dy=torch.empty_like(per_head),
+        x_dot_du=torch.empty_like(per_head),
+        past_dot_dy=torch.empty_like(per_head),
+        scores_KBGLL=torch.empty_like(all_chunks.past_scores_KBG1LL.squeeze(3)),
+        B_KXLN=torch.zeros_like(per_group),
+        C_KXLN=torch.zeros_like(per_group),
+        state_ends_KBGR=torch.zeros_like(per_head[:, 0]),
+    )
+    x_dot_dy, x_dot_du, past_dot_dy, d_scores, dB, dC, state_ends = (t.unbind() for t in sums)
+    x, dy_by_chunk, dx = (all_chunks.cut(t).unbind() for t in (inputs.x_SBHP, dy_SBHP, dx_SBHP))
+    past, states = heads_by_token(kept.past_KYLP, memory.token_shape).unbind(), kept.states_KXQN.unbind()
+    d_state, d_state_after = (torch.empty_like(states[0]) for _ in range(2))
+    product = torch.empty_like(d_state)
+    for k, factors in reversed(list(enumerate(all_chunks.factors(inputs.D_H)))):
+        torch.mul(x[k], factors.dt_LBGR1, out=u)
+        dy = dy_by_chunk[k].to(u.dtype).contiguous()
+        du = _gradient_within_chunk(factors, memory, dy, d_scores[k])
+        torch.sum(torch.mul(x[k], dy, out=work), -1, out=x_dot_dy[k])
+        torch.sum(torch.mul(past[k], dy, out=work), -1, out=past_dot_dy[k])
+        if k < last:
+            torch.sum(
+                _by_head(torch.mul(d_state_after, states[k + 1], out=product), memory), (-1, -2), out=state_ends[k]
+            )
+            torch.mul(u, factors.to_end_LBGR1, out=work)
+            torch.bmm(memory.work_XLQ, d_state_after, out=dB[k])
+            torch.bmm(factors.B_XLN, d_state_after.mT, out=memory.of_groups_XLQ)
+            du.addcmul_(memory.of_groups_LBGRP, factors.to_end_LBGR1)
+        if k:
+            torch.mul(dy, factors.from_start_LBGR1, out=work)
+            torch.bmm(memory.work_XLQ, states[k], out=dC[k])
+            torch.bmm(memory.work_XLQ.mT, factors.C_XLN, out=d_state)
+            if k < last:
+                _by_head(d_state, memory).addcmul_(_by_head(d_state_after, memory), factors.of_chunk_BGR11)
+            d_state, d_state_after = d_state_after, d_state
+        torch.sum(torch.mul(x[k], du, out=work), -1, out=x_dot_du[k])
+        dx[k].copy_(torch.mul(du, factors.dt_LBGR1, out=work).addcmul_(dy, factors.own_LBGR1))
+    return sums
 
-    d_after = d_states[1:]  # of the state after chunk k, which is the one before chunk k + 1; the last is not read
-    d_after_XRPN = d_after.flatten(3, 4).flatten(0, 2)
-    count = len(d_after_XRPN)
-    dB_XLN[:count].baddbmm_(_written_to_state(c).flatten(4).flatten(0, 2), d_after_XRPN)
-    d_written = torch.bmm(c.B_XLN[:count], d_after_XRPN.mT).view_as(dy[:-1])
-    du_KBGRLP[:-1].addcmul_(d_written.transpose(3, 4), c.decay_to_end[:-1].unsqueeze(-1))
-    d_end_KBGR = torch.zeros_like(decay[..., 0, 0])
-    d_end_KBGR[:-1] = (d_after * states_KBGRPN[1:]).sum((-1, -2))
-    return d_end_KBGR
+
+def _gradient_within_chunk(factors: ChunkFactors, memory: ChunkMemory, dy: Tensor, d_scores_BGLL: Tensor) -> Tensor:
+    """Return du (L B G R P) of the later tokens of the chunk, which read it; write the gradient of the scores."""
+    dy_YLP = by_head(dy)
+    torch.bmm(dy_YLP, memory.u_YLP.mT, out=memory.d_mixing_YLL)
+    factors.decay_between_tokens(memory.mixing_BGRLL)
+    torch.sum(memory.d_mixing_BGRLL.mul_(memory.mixing_BGRLL), 2, out=d_scores_BGLL)
+    memory.mixing_BGRLL.mul_(factors.past_scores_BG1LL)
+    torch.bmm(memory.mixing_YLL.mT, dy_YLP, out=memory.of_heads_YLP)
+    return memory.of_heads_LBGRP
+
+
+def _score_gradients(sums: _Sums, all_chunks: AllChunks) -> tuple[Tensor, Tensor]:
+    """Return the gradients of B and C (K X L N)."""
+    length = sums.scores_KBGLL.shape[-1]
+    d_scores = sums.scores_KBGLL.tril_(-1).view(-1, length, length)
+    dB_XLN, dC_XLN, B_XLN, C_XLN = (
+        t.flatten(0, 1) for t in (sums.B_KXLN, sums.C_KXLN, all_chunks.B_KXLN, all_chunks.C_KXLN)
+    )
+    d_own_XL1 = (sums.x_dot_dy * all_chunks.dt_KLBGR).sum(4).permute(0, 2, 3, 1).reshape(-1, length, 1)
+    dB_XLN.baddbmm_(d_scores.mT, C_XLN).addcmul_(d_own_XL1, C_XLN)
+    dC_XLN.baddbmm_(d_scores, B_XLN).addcmul_(d_own_XL1, B_XLN)
+    return sums.B_KXLN, sums.C_KXLN
+
+
+def _by_head(states: Tensor, memory: ChunkMemory) -> Tensor:
+    """View (... X Q N) as (... B G R P N)."""
+    return states.view(*states.shape[:-3], *memory.token_shape[1:], states.shape[-1])
+
+
+def _in_whole_chunks(inputs: ScanTensors, chunk_size: int) -> tuple[ScanTensors, int]:
+    """Return the inputs with a whole number of chunks, and the length of these."""
+    seq_length = len(inputs.x_SBHP)
+    length = min(chunk_size, seq_length)
+    padded = seq_length + -seq_length % length
+    if padded == seq_length:
+        return inputs, length
+    # A token with dt = 0 neither decays the state nor writes to it, so padding at the end changes nothing before it.
+    x, dt, A, B, C, D = inputs
+    return ScanTensors(_pad(x, padded), _pad(dt, padded), A, _pad(B, padded), _pad(C, padded), D), length
+
+
+def _pad(t: Tensor, length: int) -> Tensor:
+    return torch.cat((t, t.new_zeros(length - len(t), *t.shape[1:])))

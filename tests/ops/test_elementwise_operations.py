@@ -42,7 +42,7 @@ def assert_same(ours: list[Tensor], expected: list[Tensor], tolerance: float = 1
 @pytest.mark.parametrize("block_tokens", [1, 2, 7, 64])
 def test_convolution(kernel: int, seq_length: int, block_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a weight meets the wrong token, at the start of the sequence or at the border of two blocks."""
-    monkeypatch.setattr(causal_conv, "_BLOCK_NUMBERS", block_tokens * 6)
+    monkeypatch.setattr(causal_conv, "_BLOCK_NUMBERS", block_tokens * 2 * 6)
     inputs = [random(2, seq_length, 6), random(6, kernel, seed=1), random(6, seed=2)]
     assert_same(gradients_of(causal_conv_silu, inputs), gradients_of(plain_conv, inputs))
 
