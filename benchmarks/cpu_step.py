@@ -3,10 +3,10 @@
     python -m benchmarks.cpu_step [EXPERIMENT] [key=value ...]
 
 Both sides take the same micro-batches forward and backward in float32, clip and update with AdamW; transformers runs
-its plain path, the only
-one it has on a CPU. Each side lives in a process of its own with one thread, steps alternate between the two, and the
-ratio of the medians counts,
-so that a busy machine slows both alike. Read the ratio; tokens/s differ from machine to machine.
+its plain path, the only one it has on a CPU. The chunk size of the scan changes speed, not results: each side runs at
+the one of a few that it is fastest with. Each side lives in a process of its own with one thread, steps alternate
+between the two, and the ratio of the medians counts, so that a busy machine slows both alike. Read the ratio; tokens/s
+differ from machine to machine. `benchmarks/README.md` has figures.
 """
 
 import os

@@ -12,7 +12,11 @@ from nemotron_train.plan.run_plan import plan_run
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
-COMMANDS = [line.split("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for line in README.splitlines()
+    if re.match(r"    (bash|python|torchrun|RANKS=\d+) ", line)
+]
 
 
 def test_every_link_leads_somewhere() -> None:
