@@ -4,9 +4,9 @@
 
 Both sides take the same micro-batches forward and backward in float32, clip and update with AdamW; transformers runs
 its plain path, the only one it has on a CPU. The chunk size of the scan changes speed, not results: each side runs at
-the one of a few that it is fastest with. Each side lives in a process of its own with one thread, steps alternate
-between the two, and the ratio of the medians counts, so that a busy machine slows both alike. Read the ratio; tokens/s
-differ from machine to machine. `benchmarks/README.md` has figures.
+the one of a few that it is fastest with, or both at model.mamba_chunk_size where that is given. Each side lives in a
+process of its own with one thread, steps alternate between the two, and the ratio of the medians counts, so that a busy
+machine slows both alike. Read the ratio; tokens/s differ from machine to machine. `benchmarks/README.md` has figures.
 """
 
 import os
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -161,10 +161,10 @@ class Side:
         self.process.wait()
 
 
-def fastest_side(name: str, overrides: list[str]) -> Side:
+def fastest_side(name: str, overrides: list[str], chunk_sizes: Sequence[int]) -> Side:
     """Try the chunk sizes one after the other and return the fastest, still running."""
     best, best_seconds = None, float("inf")
-    for chunk_size in CHUNK_SIZES:
+    for chunk_size in chunk_sizes:
         side = Side(name, overrides, chunk_size)
         seconds = min([side.step() for _ in range(WARMUP + 3)][WARMUP:])
         slower = side if seconds >= best_seconds else best
@@ -185,15 +185,17 @@ def main(arguments: list[str]) -> None:
         arguments = [f"experiment={arguments[0]}", *arguments[1:]]
     arguments = arguments or ["experiment=quickstart"]
     config = load(arguments)
+    is_given = any(argument.startswith("model.mamba_chunk_size=") for argument in arguments)
+    chunk_sizes = (config.model.mamba_chunk_size,) if is_given else CHUNK_SIZES
     plan = plan_run(config, 1)
     tokens = plan.tokens_per_step
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
     console.print(f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, 1 thread; {versions}")
     console.print(
         f"{config.run.name}: {plan.sizes.parameters:,} parameters, {tokens:,} tokens a step, median of {STEPS} steps, "
-        f"each side at the fastest chunk size of {', '.join(map(str, CHUNK_SIZES))}"
+        f"each side at the fastest chunk size of {', '.join(map(str, chunk_sizes))}"
     )
-    sides = {name: fastest_side(name, arguments) for name in ("ours", "transformers")}
+    sides = {name: fastest_side(name, arguments, chunk_sizes) for name in ("ours", "transformers")}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in track(range(WARMUP + STEPS), description="steps", console=console, transient=True):
         for name, side in sides.items():
