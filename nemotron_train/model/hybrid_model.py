@@ -100,6 +100,7 @@ class HybridModel(LanguageModule):
     ) -> None:
         super().__init__(config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder
+        self.operations, self.tp_group = operations, groups.tp
         self.pre_process, self.post_process, self.vp_stage = place.is_first, place.is_last, place.virtual_stage
         self.share_embeddings_and_output_weights = run.model.tied_embeddings
         self.input_tensor: Tensor | None = None
@@ -149,4 +150,4 @@ class HybridModel(LanguageModule):
         logits_SBv, _ = self.output_layer(x_sBD, weight=weight)
         if labels_BS is None:
             return logits_SBv.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels_BS, logits_SBv)
+        return self.operations.cross_entropy(logits_SBv, labels_BS.t(), self.tp_group).t()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemotron_train.errors import ConfigError
 from nemotron_train.ops.causal_conv import causal_conv_silu
+from nemotron_train.ops.cross_entropy import cross_entropy
 from nemotron_train.ops.gated_norm import gated_rms_norm
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes, mamba_core
 from nemotron_train.ops.squared_relu import squared_relu
@@ -23,6 +24,7 @@ class Operations:
     gated_rms_norm: Callable[..., Tensor]
     mamba_core: Callable[[Tensor, CoreWeights, MixerSizes], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
+    cross_entropy: Callable[..., Tensor]
 
 
 _IMPLEMENTATIONS = {
@@ -35,6 +37,7 @@ _IMPLEMENTATIONS = {
             gated_rms_norm=gated_rms_norm,
             mamba_core=mamba_core,
             squared_relu=squared_relu,
+            cross_entropy=cross_entropy,
         ),
     )
 }
