@@ -16,7 +16,12 @@ from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
 from nemotron_train.engine.groups import Groups, any_rank, from_rank_zero
 from nemotron_train.engine.layer_parts import choose_layer_parts
-from nemotron_train.engine.mcore_config import build_ddp_config, build_optimizer_config, build_transformer_config
+from nemotron_train.engine.mcore_config import (
+    build_ddp_config,
+    build_optimizer_config,
+    build_transformer_config,
+    weight_dtype,
+)
 from nemotron_train.engine.optimizer import build_optimizer
 from nemotron_train.engine.wrap import wrap_in_data_parallel
 from nemotron_train.errors import NumericsError
@@ -27,7 +32,7 @@ from nemotron_train.observe.jsonl_writer import read_records
 from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
-from nemotron_train.ops.implementations import operations
+from nemotron_train.ops.implementations import best_operations
 from nemotron_train.optim.parameter_groups import VECTOR_GROUPS
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.platform.device import Platform
@@ -40,9 +45,10 @@ logger = logging.getLogger(__name__)
 
 def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
     """Build model, data-parallel wrapping and optimizer for this rank."""
-    config, ops, parts = plan.config, operations("torch"), choose_layer_parts(platform)
+    config = plan.config
+    ops, parts = best_operations(platform.device, weight_dtype(config)), choose_layer_parts(plan, platform)
     logger.info("Layers: %s. Operations: %s.", parts.name, ops.name)
-    transformer_config = build_transformer_config(config, len(plan.layers), ops)
+    transformer_config = build_transformer_config(plan, ops, parts)
     chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
     wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)
     optimizer = build_optimizer(build_optimizer_config(config), wrapped, VECTOR_GROUPS)

@@ -29,6 +29,7 @@ LEVELS = [
 SIDEWAYS = {
     ("engine", "ops"): "layers are built out of operations",
     ("engine", "data"): "the pipeline schedule is fed with batches",
+    ("engine", "precision"): "linear layers run in the precision of a recipe",
     ("optim", "model"): "weight decay goes by parameter name",
     ("step", "forward"): "a step is made of micro-batches",
     ("evaluate", "step"): "evaluation averages as a step does",
@@ -36,7 +37,7 @@ SIDEWAYS = {
 # library -> where it may be imported, as path prefixes below the package
 ONLY_IN = {
     "megatron": ("engine/", "model/", "checkpoint/"),
-    "transformer_engine": ("engine/", "precision/"),
+    "transformer_engine": ("engine/", "precision/", "ops/"),
     "mamba_ssm": ("ops/",),
     "causal_conv1d": ("ops/",),
     "triton": ("ops/",),
@@ -53,7 +54,11 @@ NOT_IN = {
     "megatron": ("model/reference/",),
 }
 # (file, module) -> why this import stands in a function, a class or a `try`
-INNER_IMPORTS: dict[tuple[str, str], str] = {}
+INNER_IMPORTS: dict[tuple[str, str], str] = {
+    ("engine/layer_parts.py", "nemotron_train.engine.te_layers"): "needs Transformer Engine",
+    ("ops/implementations.py", "nemotron_train.ops.mamba_ssm_core"): "needs mamba-ssm",
+    ("ops/implementations.py", "nemotron_train.ops.te_elementwise"): "needs Transformer Engine",
+}
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 80, 7
 

@@ -24,7 +24,29 @@ class Initialization(str, Enum):
 
 
 class PrecisionFormat(str, Enum):
-    """What the matrix products of the layers compute in. Optimizer state is float32 with every format."""
+    """What the matrix products of the layers compute in. With FP8 all else is as with bf16: embedding, output layer,
+    norms, attention scores, scan, and the layers named by `bf16_first_layers` and `bf16_last_layers`."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8_block = "fp8_block"  # E4M3; a scale for 1x128 of activations and gradients, 128x128 of weights (Nano 2)
+    fp8_current = "fp8_current"  # a scale for a tensor, from its own maximum; gradients in E5M2 (Nemotron-H §2.3)
+    fp8_delayed = "fp8_delayed"  # a scale for a tensor, from the maxima of earlier steps; gradients in E5M2
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.value.startswith("fp8")
+
+
+class Fp8Scales(str, Enum):
+    """Which numbers the scales of FP8 tensors are."""
+
+    fp32 = "fp32"  # the maximum lands on the format's largest number
+    power_of_two = "power_of_two"  # rounded down to one: scaling is exact, up to one bit of the range is unused
+
+
+class StateFormat(str, Enum):
+    """What a number of the optimizer is stored in."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -105,7 +127,12 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class PrecisionSection:
+    """Which matrix products run in which format; the run prints the list when it starts."""
+
     format: PrecisionFormat = PrecisionFormat.bf16
+    bf16_first_layers: int = 0  # FP8 only: layers of the pattern, from the input on, whose products stay in bf16
+    bf16_last_layers: int = 0  # the same, before the output
+    fp8_scales: Fp8Scales | None = None  # not asked: power_of_two for fp8_block, fp32 for the others, as in TE
 
 
 @dataclass(frozen=True)
@@ -150,6 +177,8 @@ class OptimSection:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.1  # not applied to norms, biases, A_log, D, dt_bias
     clip_grad_norm: float = 1.0  # 0 = no clipping
+    gradients: StateFormat = StateFormat.fp32  # what micro-batches are summed and ranks are reduced in
+    moments: StateFormat = StateFormat.fp32  # both of AdamW's; bf16 saves memory, and no published run did it
 
 
 @dataclass(frozen=True)

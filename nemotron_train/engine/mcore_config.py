@@ -6,20 +6,30 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
+from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig, StateFormat
+from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.ops.implementations import Operations
+from nemotron_train.plan.run_plan import RunPlan
 
-PARAM_DTYPE = {PrecisionFormat.fp32: torch.float32, PrecisionFormat.bf16: torch.bfloat16}
+
+def weight_dtype(config: RunConfig) -> torch.dtype:
+    """What weights are stored in on the ranks that compute with them."""
+    return torch.float32 if config.precision.format is PrecisionFormat.fp32 else torch.bfloat16
 
 
-def build_transformer_config(config: RunConfig, num_layers: int, operations: Operations) -> TransformerConfig:
-    """Translate model, layout and precision. `num_layers` counts the layers of the whole pattern."""
+def _state_dtype(chosen: StateFormat) -> torch.dtype:
+    return {StateFormat.fp32: torch.float32, StateFormat.bf16: torch.bfloat16}[chosen]
+
+
+def build_transformer_config(plan: RunPlan, operations: Operations, parts: LayerParts) -> TransformerConfig:
+    """Translate model, layout and precision."""
+    config = plan.config
     model, parallel = config.model, config.parallel
     pipelined = parallel.pipeline_parallel_size > 1
     interleaved = parallel.virtual_pipeline_size > 1
-    dtype = PARAM_DTYPE[config.precision.format]
+    dtype = weight_dtype(config)
     return TransformerConfig(
-        num_layers=num_layers,
+        num_layers=len(plan.layers),
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -53,7 +63,7 @@ def build_transformer_config(config: RunConfig, num_layers: int, operations: Ope
         batch_p2p_comm=pipelined and not interleaved,
         recompute_granularity="selective" if config.train.recompute is Recompute.selective else None,
         recompute_modules=["core_attn"],
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=parts.fuses_weight_gradients,
         # The summed loss is divided once by the real tokens of the global batch (see forward.py).
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
@@ -61,9 +71,9 @@ def build_transformer_config(config: RunConfig, num_layers: int, operations: Ope
 
 
 def build_ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
-    """Gradients are reduced in float32, into the shards of the distributed optimizer."""
+    """Gradients are reduced into the shards of the distributed optimizer."""
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.optim.gradients is StateFormat.fp32,
         use_distributed_optimizer=True,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
@@ -73,9 +83,9 @@ def build_ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
 
 
 def build_optimizer_config(config: RunConfig) -> OptimizerConfig:
-    """AdamW on float32 master weights and moments, sharded over the data-parallel ranks."""
+    """AdamW on float32 master weights, sharded over the data-parallel ranks."""
     optim = config.optim
-    dtype = PARAM_DTYPE[config.precision.format]
+    dtype = weight_dtype(config)
     return OptimizerConfig(
         optimizer="adam",
         decoupled_weight_decay=True,
@@ -89,4 +99,9 @@ def build_optimizer_config(config: RunConfig) -> OptimizerConfig:
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        # Keeps moments, or gradients, in less than float32, inside Transformer Engine's AdamW.
+        use_precision_aware_optimizer=StateFormat.bf16 in (optim.gradients, optim.moments),
+        main_grads_dtype=_state_dtype(optim.gradients),
+        exp_avg_dtype=_state_dtype(optim.moments),
+        exp_avg_sq_dtype=_state_dtype(optim.moments),
     )

@@ -73,7 +73,9 @@ def take_step(optimizer: Optimizer) -> OptimizerStep:
     clip = optimizer.config.clip_grad
     if clip > 0.0:
         for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm)
+            # With moments or gradients below float32 the gradients are kept beside the parameter, not as its `grad`.
+            beside = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm, use_decoupled_grad=beside)
     optimizer.step_with_ready_grads()
     return OptimizerStep(updated=True, grad_norm=grad_norm)
 

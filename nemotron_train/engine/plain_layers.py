@@ -5,7 +5,9 @@ and shapes (`layer_norm_weight` inside the projection that follows the norm), so
 them wrote it.
 """
 
+import importlib.util
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -70,4 +72,41 @@ class CausalAttention(nn.Module):
         return out_BhSP.permute(2, 0, 1, 3).reshape(seq, batch, heads * head_dim)
 
 
-__all__ = ["CausalAttention", "NormColumnParallelLinear", "RMSNorm", "RowParallelLinear"]
+def output_linear(config: TransformerConfig, vocab_size: int, group: Any) -> ColumnParallelLinear:
+    """Build the output layer with a weight of its own."""
+    return tied_output_linear(config, vocab_size, group, holds_weight=True)
+
+
+def tied_output_linear(
+    config: TransformerConfig, vocab_size: int, group: Any, *, holds_weight: bool
+) -> ColumnParallelLinear:
+    """Build an output layer that takes its weight, the embedding's, in every call; on any platform.
+
+    Args:
+        holds_weight: a copy of the embedding's weight lives here, because the embedding is on another pipeline stage.
+    """
+    fused = config.gradient_accumulation_fusion and importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+    # Megatron-Core's layer can add its weight gradient to the main gradient only with apex's kernel. A copy, because
+    # `dataclasses.replace` would derive everything anew.
+    config = copy(config)
+    config.gradient_accumulation_fusion = bool(fused)
+    return ColumnParallelLinear(
+        config.hidden_size,
+        vocab_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        skip_weight_param_allocation=not holds_weight,
+        tp_group=group,
+    )
+
+
+__all__ = [
+    "CausalAttention",
+    "NormColumnParallelLinear",
+    "RMSNorm",
+    "RowParallelLinear",
+    "output_linear",
+    "tied_output_linear",
+]

@@ -1,11 +1,12 @@
 """One pipeline chunk of the hybrid model: embedding (first chunk), its layers, final norm and output layer (last
 chunk)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from nemotron_train.config.schema import Recompute, RunConfig
 from nemotron_train.engine.layer_parts import LayerParts
+from nemotron_train.engine.plain_layers import tied_output_linear
 from nemotron_train.model.layers import build_layer
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.plan.pattern import LayerKind
@@ -44,7 +46,10 @@ class NumberedLayers(nn.Module):
             self.add_module(str(number), layer)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return self.children()
+        return self.children()  # Megatron-Core's schedules walk the layers
+
+    def numbered(self) -> Iterator[tuple[int, nn.Module]]:
+        return ((int(name), layer) for name, layer in self.named_children())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Ask every layer: Megatron-Core takes a module that cannot say how it is split for the same on all ranks."""
@@ -68,7 +73,7 @@ class HybridStack(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.recompute_layers = run.train.recompute is Recompute.full
-        self.tp_group = groups.tp
+        self.groups, self.parts = groups, parts
         numbered = enumerate(place.kinds, start=place.first_layer)
         self.layers = NumberedLayers(
             {
@@ -79,10 +84,16 @@ class HybridStack(MegatronModule):
         self.final_norm = parts.norm(config, config.hidden_size) if place.is_last else None
 
     def forward(self, x_sBD: Tensor) -> Tensor:
-        for layer in self.layers:
-            recompute = self.recompute_layers and self.training and torch.is_grad_enabled()
-            x_sBD = tensor_parallel.checkpoint(layer, False, x_sBD) if recompute else layer(x_sBD)
+        recompute = self.recompute_layers and self.training and torch.is_grad_enabled()
+        with self.parts.precision.stack(self.groups.tp_dp_cp):
+            for number, layer in self.layers.numbered():
+                run = partial(self._run_layer, number, layer)
+                x_sBD = self.parts.checkpoint(run, x_sBD, self.groups.tp) if recompute else run(x_sBD)
         return self.final_norm(x_sBD) if self.final_norm is not None else x_sBD
+
+    def _run_layer(self, number: int, layer: nn.Module, x_sBD: Tensor) -> Tensor:
+        with self.parts.precision.layer(number, self.groups.tp_dp_cp):
+            return layer(x_sBD)
 
 
 class HybridModel(LanguageModule):
@@ -101,6 +112,7 @@ class HybridModel(LanguageModule):
         super().__init__(config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder
         self.operations, self.tp_group = operations, groups.tp
+        self.keeps_fp8_state = parts.precision.whole_stack
         self.pre_process, self.post_process, self.vp_stage = place.is_first, place.is_last, place.virtual_stage
         self.share_embeddings_and_output_weights = run.model.tied_embeddings
         self.input_tensor: Tensor | None = None
@@ -110,18 +122,29 @@ class HybridModel(LanguageModule):
             )
         self.decoder = HybridStack(config, run, place, parts, operations, groups)
         if place.is_last:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                run.model.hidden_size,
-                run.model.vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=run.model.tied_embeddings and place.is_first,
-                tp_group=groups.tp,
-            )
+            if run.model.tied_embeddings:
+                self.output_layer = tied_output_linear(
+                    config, run.model.vocab_size, groups.tp, holds_weight=not place.is_first
+                )
+            else:
+                self.output_layer = parts.output_linear(config, run.model.vocab_size, groups.tp)
         if place.is_first or place.is_last:
             self.setup_embeddings_and_output_layer()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Leave out what Transformer Engine keeps beside parameters, so that a checkpoint does not tell which layers
+        wrote it; only delayed scaling has something there to keep."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.keeps_fp8_state:
+            return state
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `sharded_state_dict` leaves in."""
+        if not self.keeps_fp8_state:
+            empty = {key: value for key, value in self.state_dict().items() if key.endswith("_extra_state")}
+            state_dict = {**empty, **state_dict}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Take the previous chunk's output; called by the pipeline schedule before each forward pass."""
@@ -146,8 +169,9 @@ class HybridModel(LanguageModule):
         x_sBD = self.decoder(x_sBD)
         if not self.post_process:
             return x_sBD
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_SBv, _ = self.output_layer(x_sBD, weight=weight)
+        tied = self.share_embeddings_and_output_weights
+        weight = {"weight": self.shared_embedding_or_output_weight()} if tied else {}
+        logits_SBv, _ = self.output_layer(x_sBD, **weight)
         if labels_BS is None:
             return logits_SBv.transpose(0, 1).contiguous()
         return self.operations.cross_entropy(logits_SBv, labels_BS.t(), self.tp_group).t()

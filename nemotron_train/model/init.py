@@ -9,7 +9,6 @@ import hashlib
 import math
 
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from nemotron_train.config.schema import Initialization, ModelSection
@@ -38,8 +37,9 @@ def initialize_weights(
             whole = _draw(rule.start, shape, model, num_layers, generator)
             parameter.copy_(take_shard(whole, rule, model, tp_rank, tp_size))
             # The gradient norm counts a parameter on every tensor-parallel rank if it is marked as split, else on the
-            # first.
-            set_tensor_model_parallel_attributes(parameter, rule.split_dim is not None, rule.split_dim or 0, 1)
+            # first. Transformer Engine has marked its own already, which Megatron-Core's setter does not take.
+            parameter.tensor_model_parallel = rule.split_dim is not None
+            parameter.partition_dim, parameter.partition_stride = rule.split_dim or 0, 1
 
 
 def take_shard(whole: Tensor, rule: ParameterRule, model: ModelSection, tp_rank: int, tp_size: int) -> Tensor:

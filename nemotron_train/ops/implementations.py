@@ -1,8 +1,9 @@
 """Which code computes each operation of the model? One name chooses all of them, once, when the model is built."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from nemotron_train.errors import ConfigError
@@ -27,28 +28,51 @@ class Operations:
     cross_entropy: Callable[..., Tensor]
 
 
-_IMPLEMENTATIONS = {
-    implementation.name: implementation
-    for implementation in (
-        Operations(
-            name="torch",
-            ssd=ssd,
-            causal_conv_silu=causal_conv_silu,
-            gated_rms_norm=gated_rms_norm,
-            mamba_core=mamba_core,
-            squared_relu=squared_relu,
-            cross_entropy=cross_entropy,
-        ),
+_TORCH = Operations(
+    name="torch",
+    ssd=ssd,
+    causal_conv_silu=causal_conv_silu,
+    gated_rms_norm=gated_rms_norm,
+    mamba_core=mamba_core,
+    squared_relu=squared_relu,
+    cross_entropy=cross_entropy,
+)
+
+
+def _mamba_ssm() -> Operations:
+    from nemotron_train.ops import mamba_ssm_core, te_elementwise  # both import libraries of GPU machines
+
+    return replace(
+        _TORCH,
+        name="mamba_ssm",
+        mamba_core=mamba_ssm_core.mamba_core,
+        squared_relu=te_elementwise.squared_relu,
+        cross_entropy=te_elementwise.cross_entropy,
     )
-}
+
+
+_IMPLEMENTATIONS: dict[str, Callable[[], Operations]] = {"torch": lambda: _TORCH, "mamba_ssm": _mamba_ssm}
 
 
 def operations(name: str) -> Operations:
     """Return the implementation of this name.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is none of this name, or a library that it needs is missing.
     """
     if name not in _IMPLEMENTATIONS:
         raise ConfigError(f"there is no implementation {name!r} of the operations, only {', '.join(_IMPLEMENTATIONS)}.")
-    return _IMPLEMENTATIONS[name]
+    try:
+        return _IMPLEMENTATIONS[name]()
+    except ImportError as error:
+        raise ConfigError(
+            f"The implementation {name!r} of the operations needs a library that is not here: {error}. "
+            'Install the GPU packages (pip install "nemotron-train[gpu]").'
+        ) from error
+
+
+def best_operations(device: torch.device, dtype: torch.dtype) -> Operations:
+    """Return the fastest implementation that is there for weights of `dtype` on `device`."""
+    if device.type == "cpu" or dtype is torch.float32:
+        return operations("torch")
+    return operations("mamba_ssm")

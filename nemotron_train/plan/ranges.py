@@ -53,6 +53,8 @@ RANGES = {
     "model.vocab_size": COUNT,
     "model.norm_epsilon": POSITIVE,
     "model.init_std": POSITIVE,
+    "precision.bf16_first_layers": COUNT_OR_NONE,
+    "precision.bf16_last_layers": COUNT_OR_NONE,
     "parallel.tensor_parallel_size": COUNT,
     "parallel.pipeline_parallel_size": COUNT,
     "parallel.virtual_pipeline_size": COUNT,

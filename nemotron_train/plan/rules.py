@@ -1,7 +1,8 @@
 """What cannot work: every rule across keys, checked before anything is started, all violations reported together.
 
 A rule is a small function that yields a message for each violation, with the values that clash and the keys to change.
-Rules of the model and its layout are here; those of the run (batches, learning rate, data) in `run_rules.py`.
+Rules of the model and its layout are here; those of FP8 in `precision_rules.py`, those of the run (batches, learning
+rate, data) in `run_rules.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_divisors, nearest_multiples, next_multiple
 from nemotron_train.plan.pattern import parse_pattern
 from nemotron_train.plan.pipeline_cut import check_cut
+from nemotron_train.plan.precision_rules import PRECISION_RULES
 from nemotron_train.plan.ranges import out_of_range
 from nemotron_train.plan.run_rules import RUN_RULES
 
@@ -25,7 +27,7 @@ def check_rules(config: RunConfig, world_size: int) -> None:
     if world_size < 1:
         problems.append(f"world_size={world_size} must be at least 1.")
     raise_if(problems)  # the rules below divide by these numbers
-    raise_if([problem for rule in (*MODEL_RULES, *RUN_RULES) for problem in rule(config, world_size)])
+    raise_if([problem for rule in (*MODEL_RULES, *PRECISION_RULES, *RUN_RULES) for problem in rule(config, world_size)])
 
 
 def pattern_is_readable_and_can_be_cut(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ from nemotron_train.plan.layout import Layout, plan_layout
 from nemotron_train.plan.lr_curve import learning_rate
 from nemotron_train.plan.pattern import LayerKind, ParsedPattern, parse_pattern
 from nemotron_train.plan.pipeline_cut import StageCosts, cut_pipeline, rank_costs
+from nemotron_train.plan.precision_map import Gemm, fp8_layers, list_gemms
 from nemotron_train.plan.rules import check_rules
 from nemotron_train.plan.sizes import ModelSizes, count_model
 
@@ -29,6 +30,16 @@ class RunPlan:
     @property
     def layers(self) -> tuple[LayerKind, ...]:
         return self.pattern.layers
+
+    @property
+    def fp8_layers(self) -> range:
+        """Return the numbers of the layers whose linear layers run in FP8."""
+        return fp8_layers(self.config.precision, len(self.layers))
+
+    @property
+    def gemms(self) -> tuple[Gemm, ...]:
+        """Return all linear layers, from input to output, with their precision."""
+        return list_gemms(self.config, self.pattern)
 
     @property
     def num_steps(self) -> int:

@@ -74,9 +74,8 @@ def compare_all_cases() -> dict[str, dict[str, float]]:
         for name in CASES:
             config = case_config(name)
             plan, ops = plan_run(config, 1), operations("torch")
-            [ours] = build_model_chunks(
-                plan, build_transformer_config(config, len(plan.layers), ops), choose_layer_parts(platform), ops, groups
-            )
+            parts = choose_layer_parts(plan, platform)
+            [ours] = build_model_chunks(plan, build_transformer_config(plan, ops, parts), parts, ops, groups)
             reference = awkward_reference(config)
             ours.load_state_dict(reference.state_dict())
             tokens_BS = random_samples(1, 3, config).tokens_BS

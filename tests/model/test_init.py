@@ -35,8 +35,8 @@ def first_weights(configs: dict[str, RunConfig]) -> dict[str, Arrays]:
         weights = {}
         for key, config in configs.items():
             plan, ops = plan_run(config, launched_rank().world_size), operations("torch")
-            transformer_config = build_transformer_config(config, len(plan.layers), ops)
-            chunks = build_model_chunks(plan, transformer_config, choose_layer_parts(platform), ops, groups)
+            parts = choose_layer_parts(plan, platform)
+            chunks = build_model_chunks(plan, build_transformer_config(plan, ops, parts), parts, ops, groups)
             weights[key] = {
                 name: to_array(parameter) for chunk in chunks for name, parameter in chunk.named_parameters()
             }

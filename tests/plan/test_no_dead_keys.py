@@ -34,6 +34,8 @@ CHANGES_THE_PLAN = {
     "parallel.tensor_parallel_size": ["parallel.tensor_parallel_size=2"],
     "parallel.pipeline_parallel_size": ["parallel.pipeline_parallel_size=2"],
     "parallel.virtual_pipeline_size": ["parallel.virtual_pipeline_size=2"],
+    "precision.bf16_first_layers": ["precision.bf16_first_layers=1"],
+    "precision.bf16_last_layers": ["precision.bf16_last_layers=1"],
     "lr.schedule": ["lr.schedule=cosine", "lr.decay_tokens=null", "lr.decay_shape=null"],
     "lr.peak": ["lr.peak=0.002"],
     "lr.min": ["lr.min=0.0"],
@@ -56,6 +58,9 @@ READ_BY_WHAT_RUNS = {
     "model.norm_epsilon": "engine, model: norms",
     "model.initialization": "model: initial values",
     "model.init_std": "model: initial values",
+    "precision.fp8_scales": "precision: scales of FP8 tensors",
+    "optim.gradients": "engine: gradient buffers and their reduction",
+    "optim.moments": "engine: state of AdamW",
     "parallel.sequence_parallel": "engine: parallel linears and norms",
     "parallel.overlap_grad_reduce": "engine: wrapping",
     "parallel.overlap_param_gather": "engine: wrapping",
@@ -87,7 +92,8 @@ def observable(plan: RunPlan) -> list[Any]:
     """Return everything that follows from a configuration; not the configuration itself."""
     tokens = range(0, 2_600_000, 50_000)
     derived = [getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name != "config"]
-    return [*derived, plan.train_flops, plan.pipeline_costs(), [plan.learning_rate_at(consumed) for consumed in tokens]]
+    rates = [plan.learning_rate_at(consumed) for consumed in tokens]
+    return [*derived, plan.train_flops, plan.pipeline_costs(), plan.gemms, rates]
 
 
 @pytest.mark.parametrize("key", CHANGES_THE_PLAN)
@@ -96,6 +102,8 @@ def test_a_key_of_the_plan_changes_it(key: str) -> None:
     base = ["train.micro_batch_size=4"]
     if key == "parallel.virtual_pipeline_size":
         base.append("parallel.pipeline_parallel_size=2")
+    if key.startswith("precision."):
+        base += ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
     before = plan_run(config_with(*base), 4)
     after = plan_run(config_with(*base, *CHANGES_THE_PLAN[key]), 4)
     assert observable(after) != observable(before)

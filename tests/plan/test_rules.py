@@ -4,16 +4,43 @@ import pytest
 
 from nemotron_train.config.keys import describe_keys
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.precision_rules import PRECISION_RULES
 from nemotron_train.plan.ranges import RANGES
 from nemotron_train.plan.rules import MODEL_RULES, RUN_RULES, check_rules
 from tests.plan.small import config_with
 
 TP2 = "parallel.tensor_parallel_size=2"
 PP2 = "parallel.pipeline_parallel_size=2"
+FP8 = ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
 WORDS = "whole number", "number", "whole number or null", "number or null"
 
 # rule, changes to the quickstart (16 samples of 256 tokens, micro-batch 8, 10 layers), ranks, what the message holds
 BROKEN: list[tuple[str, list[str], int, list[str]]] = [
+    (
+        "fp8_keys_need_fp8",
+        ["precision.bf16_first_layers=1"],
+        1,
+        ["precision.bf16_first_layers=1", "precision.format=fp32"],
+    ),
+    (
+        "some_layers_run_in_fp8",
+        [*FP8, "precision.bf16_first_layers=5", "precision.bf16_last_layers=6"],
+        1,
+        ["precision.bf16_first_layers=5", "precision.bf16_last_layers=6", "10 layers"],
+    ),
+    (
+        "delayed_scaling_covers_all_layers",
+        [*FP8, "precision.format=fp8_delayed", "precision.bf16_last_layers=1"],
+        1,
+        ["precision.bf16_last_layers=1", "fp8_delayed"],
+    ),
+    ("fp8_products_are_aligned", ["precision.format=fp8_block"], 1, ["mixer.in_proj", "778 outputs", "784"]),
+    (
+        "bf16_state_needs_bf16_weights",
+        ["optim.moments=bf16"],
+        1,
+        ["optim.moments=bf16", "precision.format=fp32"],
+    ),
     (
         "pattern_is_readable_and_can_be_cut",
         ["model.layer_pattern=M-X"],
@@ -260,13 +287,13 @@ def test_a_broken_rule_says_what_clashes_and_what_to_change(
     with pytest.raises(ConfigError) as caught:
         check_rules(config, world_size)
     assert [part for part in expected if part not in str(caught.value)] == []
-    own = [r for r in (*MODEL_RULES, *RUN_RULES) if r.__name__ == rule]
+    own = [r for r in (*MODEL_RULES, *PRECISION_RULES, *RUN_RULES) if r.__name__ == rule]
     assert list(own[0](config, world_size)), f"{rule} did not speak"
 
 
 def test_every_rule_is_broken_above() -> None:
     """Fails if a rule is added without a case that breaks it."""
-    assert {rule.__name__ for rule in (*MODEL_RULES, *RUN_RULES)} == {case[0] for case in BROKEN}
+    assert {rule.__name__ for rule in (*MODEL_RULES, *PRECISION_RULES, *RUN_RULES)} == {case[0] for case in BROKEN}
 
 
 def test_all_broken_rules_are_reported_together() -> None:

@@ -1,0 +1,106 @@
+"""What cannot work about precision; the form of the rules is that of `rules.py`."""
+
+from collections.abc import Iterator
+
+from nemotron_train.config.schema import Fp8Scales, PrecisionFormat, RunConfig, StateFormat
+from nemotron_train.errors import ConfigError
+from nemotron_train.plan.nearest import nearest_multiples, next_multiple
+from nemotron_train.plan.pattern import ParsedPattern, parse_pattern
+from nemotron_train.plan.precision_map import FP8_COLUMNS_MULTIPLE, FP8_ROWS_MULTIPLE, list_gemms
+
+
+def fp8_keys_need_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
+    precision = config.precision
+    if precision.format.is_fp8:
+        return
+    for key, value, neutral in (
+        ("bf16_first_layers", precision.bf16_first_layers, "0"),
+        ("bf16_last_layers", precision.bf16_last_layers, "0"),
+        ("fp8_scales", precision.fp8_scales and precision.fp8_scales.value, "null"),
+    ):
+        if value:
+            yield (
+                f"precision.{key}={value} has no effect with precision.format={precision.format.value}. "
+                f"Set it to {neutral}, or choose an FP8 format."
+            )
+
+
+def some_layers_run_in_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
+    precision, pattern = config.precision, _pattern(config)
+    if not precision.format.is_fp8 or pattern is None:
+        return
+    kept = precision.bf16_first_layers + precision.bf16_last_layers
+    if kept >= len(pattern.layers):
+        yield (
+            f"precision.bf16_first_layers={precision.bf16_first_layers} and "
+            f"precision.bf16_last_layers={precision.bf16_last_layers} leave none of the {len(pattern.layers)} layers "
+            f"of model.layer_pattern in {precision.format.value}. Keep fewer, or set precision.format=bf16."
+        )
+
+
+def delayed_scaling_covers_all_layers(config: RunConfig, world_size: int) -> Iterator[str]:
+    # Its maxima are reduced over ranks when the whole forward pass ends, for all layers or none (Megatron-Core 0.16).
+    precision = config.precision
+    if precision.format is not PrecisionFormat.fp8_delayed:
+        return
+    for key in ("bf16_first_layers", "bf16_last_layers"):
+        value = getattr(precision, key)
+        if value:
+            yield f"precision.{key}={value} is not possible with precision.format=fp8_delayed. Set it to 0."
+    if precision.fp8_scales is Fp8Scales.power_of_two:
+        yield (
+            "precision.fp8_scales=power_of_two is not possible with precision.format=fp8_delayed. "
+            "Set it to null, or choose fp8_current or fp8_block."
+        )
+
+
+def fp8_products_are_aligned(config: RunConfig, world_size: int) -> Iterator[str]:
+    pattern, tp_size = _pattern(config), config.parallel.tensor_parallel_size
+    if not config.precision.format.is_fp8 or pattern is None:
+        return
+    tokens = config.train.seq_length * config.train.micro_batch_size
+    if tokens % FP8_COLUMNS_MULTIPLE:
+        yield (
+            f"train.seq_length={config.train.seq_length} x train.micro_batch_size={config.train.micro_batch_size} = "
+            f"{tokens} tokens cannot be multiplied in FP8, which takes multiples of {FP8_COLUMNS_MULTIPLE}. "
+            f"Use {nearest_multiples(tokens, FP8_COLUMNS_MULTIPLE)} tokens."
+        )
+    seen = set()
+    for gemm in list_gemms(config, pattern):
+        shape = gemm.on_rank(tp_size)
+        name = gemm.name.split(".", 3)[-1]
+        if not gemm.in_fp8 or (name, shape) in seen:
+            continue
+        seen.add((name, shape))
+        for what, size in zip(("inputs", "outputs"), shape, strict=True):
+            # Both are a contiguous dimension in one of the three products.
+            if size % FP8_COLUMNS_MULTIPLE:
+                yield (
+                    f"{name} has {size} {what} on each of parallel.tensor_parallel_size={tp_size} ranks; FP8 takes "
+                    f"multiples of {FP8_COLUMNS_MULTIPLE} (and of {FP8_ROWS_MULTIPLE} rows), such as "
+                    f"{next_multiple(size, FP8_COLUMNS_MULTIPLE)}. Change the model's sizes or precision.format."
+                )
+
+
+def bf16_state_needs_bf16_weights(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.precision.format is not PrecisionFormat.fp32:
+        return
+    for key in ("gradients", "moments"):
+        if getattr(config.optim, key) is StateFormat.bf16:
+            yield f"optim.{key}=bf16 is not possible with precision.format=fp32. Set it to fp32, or the format to bf16."
+
+
+def _pattern(config: RunConfig) -> ParsedPattern | None:
+    try:
+        return parse_pattern(config.model.layer_pattern)
+    except ConfigError:
+        return None  # `rules.pattern_is_readable_and_can_be_cut` says what is wrong with it
+
+
+PRECISION_RULES = (
+    fp8_keys_need_fp8,
+    some_layers_run_in_fp8,
+    delayed_scaling_covers_all_layers,
+    fp8_products_are_aligned,
+    bf16_state_needs_bf16_weights,
+)

@@ -1,0 +1,78 @@
+"""Do Transformer Engine's layers and the published kernels give the gradients of the plain layers in float32?"""
+
+import tempfile
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemotron_train.config.load import load_config
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.data.batch import build_batch
+from nemotron_train.engine.groups import process_groups
+from nemotron_train.engine.wrap import zero_gradients
+from nemotron_train.plan.run_plan import plan_run
+from nemotron_train.platform.device import choose_platform
+from nemotron_train.platform.ranks import launched_rank
+from nemotron_train.step import run_all
+from nemotron_train.trainer import build_runtime
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+MODEL = (
+    "experiment=own_text",
+    "model.layer_pattern=M-M*-",
+    "model.hidden_size=512",
+    "model.ffn_hidden_size=1024",
+    "model.num_attention_heads=8",
+    "model.attention_head_dim=64",
+    "model.mamba_num_heads=16",
+    "model.mamba_head_dim=64",
+    "model.mamba_state_dim=128",
+    "model.mamba_chunk_size=128",
+    "model.vocab_size=4096",
+    "train.seq_length=512",
+    "train.global_batch_size=4",
+)
+# Relative L2 error of a parameter's gradient. bf16 keeps 8 bits, E4M3 keeps 4; errors add up over the layers.
+TOLERANCE = {"bf16": 0.04, "fp8_block": 0.25, "fp8_current": 0.25, "fp8_delayed": 0.3}
+
+
+def config_in(precision: str, micro_batch_size: int) -> RunConfig:
+    overrides = [f"precision={precision}", f"train.micro_batch_size={micro_batch_size}"]
+    if precision in ("fp8_block", "fp8_current"):
+        overrides += ["precision.bf16_first_layers=0", "precision.bf16_last_layers=0"]
+    config = load_config([*MODEL, *overrides])
+    return replace(config, run=replace(config.run, dir=tempfile.mkdtemp()))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_gradients_are_those_of_the_plain_layers_in_float32(micro_batch_size: int) -> None:
+    """Fails if a kernel, a layout of its inputs or the accumulation of weight gradients over micro-batches is wrong."""
+    me = launched_rank()
+    platform = choose_platform(me)
+    windows = torch.randint(
+        0, 4096, (4 // micro_batch_size, micro_batch_size, 513), generator=torch.Generator().manual_seed(3)
+    ).numpy()
+    batches = [build_batch(list(rows), [0] * micro_batch_size, micro_batch_size, 512) for rows in windows]
+    layout = plan_run(config_in("fp32", micro_batch_size), 1).layout
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    losses = {}
+    with process_groups(layout, platform, me, timeout_seconds=60, seed=1) as groups:
+        for precision in ("fp32", *TOLERANCE):
+            run = build_runtime(plan_run(config_in(precision, micro_batch_size), 1), platform, groups)
+            zero_gradients(run.chunks)
+            losses[precision] = [float(report.nats_K.sum()) for report in run_all(run, batches, forward_only=False)]
+            named = run.chunks[0].module.named_parameters()
+            gradients[precision] = {name: parameter.main_grad.float().clone() for name, parameter in named}
+    worst = {}
+    for precision in TOLERANCE:
+        assert gradients[precision].keys() == gradients["fp32"].keys()
+        errors = {
+            name: float((gradients[precision][name] - wanted).norm() / wanted.norm())
+            for name, wanted in gradients["fp32"].items()
+        }
+        worst[precision] = sorted(errors.items(), key=lambda item: -item[1])[:4]
+    print(losses, *worst.items(), sep="\n")
+    for precision, found in worst.items():
+        assert found[0][1] < TOLERANCE[precision], (precision, found)
