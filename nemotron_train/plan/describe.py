@@ -1,18 +1,21 @@
 """What the run will be, for people (`describe`) and for programs (`summarize`)."""
 
+from collections import Counter
 from typing import Any
 
-from nemotron_train.config.schema import LrSchedule
+from nemotron_train.config.schema import LrSchedule, PrecisionFormat
 from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.precision_map import FP8_BLOCK
 from nemotron_train.plan.run_plan import RunPlan
 
 
 def describe(plan: RunPlan) -> str:
-    """Return the banner that opens a run: some 15 lines."""
+    """Return the banner that opens a run: some 15 lines, and the FP8 audit where there is FP8."""
     rows = [
         ("run", f"{plan.config.run.name} in {plan.config.run.dir}"),
         *_model_rows(plan),
         *_layout_rows(plan),
+        *_precision_rows(plan),
         *_step_rows(plan),
         ("rate", _learning_rate_text(plan)),
         *_phase_rows(plan),
@@ -95,6 +98,23 @@ def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
     for rank in range(layout.pipeline):
         chunks = (f"{chunk.start}-{chunk.stop - 1} {_chunk_text(plan, chunk)}" for chunk in plan.chunks_of(rank))
         rows.append(("", f"rank {rank}: {costs[rank] / sum(costs):.1%} of the cost, layers {'   '.join(chunks)}"))
+    return rows
+
+
+def _precision_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return the FP8 audit: every kind of matrix product with its shape on a rank, and why some are not in FP8."""
+    precision, train = plan.config.precision, plan.config.train
+    if not precision.format.is_fp8:
+        return []
+    tp_size, tokens = plan.layout.tensor, train.seq_length * train.micro_batch_size
+    kinds = Counter((gemm.name.split(".", 3)[-1], gemm.on_rank(tp_size), gemm.reason) for gemm in plan.gemms)
+    in_fp8 = sum(gemm.in_fp8 for gemm in plan.gemms)
+    rows = [("products", f"{in_fp8} of {len(plan.gemms)} linear layers in {precision.format.value}, on a rank:")]
+    for (name, (inputs, outputs), reason), count in kinds.items():
+        kept = f"bf16: {reason}" if reason else precision.format.value
+        rows.append(("", f"{count} x {name}: {tokens:,} tokens x {inputs:,} x {outputs:,}, {kept}"))
+    if precision.format is PrecisionFormat.fp8_block and tokens % FP8_BLOCK:
+        rows.append(("", f"slow: {tokens:,} tokens are not a multiple of the {FP8_BLOCK} that share a scale"))
     return rows
 
 
