@@ -10,6 +10,7 @@ from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig, 
 from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.plan.run_plan import RunPlan
+from nemotron_train.precision.recipe import Scaling, fp8_recipe
 
 
 def weight_dtype(config: RunConfig) -> torch.dtype:
@@ -19,6 +20,17 @@ def weight_dtype(config: RunConfig) -> torch.dtype:
 
 def _state_dtype(chosen: StateFormat) -> torch.dtype:
     return {StateFormat.fp32: torch.float32, StateFormat.bf16: torch.bfloat16}[chosen]
+
+
+def _fp8_names(config: RunConfig) -> dict[str, str]:
+    """What Megatron-Core calls the FP8 recipe. Our layers enter FP8 themselves (engine/layer_precision.py); without
+    these names its schedules would never tell them that a step begins, and they would go on with the FP8 copies of the
+    first step's weights."""
+    recipe = fp8_recipe(config.precision)
+    if recipe is None:
+        return {}
+    names = {Scaling.block: "blockwise", Scaling.current: "tensorwise", Scaling.delayed: "delayed"}
+    return {"fp8": "hybrid" if recipe.wide_gradients else "e4m3", "fp8_recipe": names[recipe.scaling]}
 
 
 def build_transformer_config(plan: RunPlan, operations: Operations, parts: LayerParts) -> TransformerConfig:
@@ -63,6 +75,7 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         batch_p2p_comm=pipelined and not interleaved,
         recompute_granularity="selective" if config.train.recompute is Recompute.selective else None,
         recompute_modules=["core_attn"],
+        **_fp8_names(config),
         gradient_accumulation_fusion=parts.fuses_weight_gradients,
         # The summed loss is divided once by the real tokens of the global batch (see forward.py).
         calculate_per_token_loss=True,

@@ -8,12 +8,13 @@ import torch
 
 from nemotron_train.config.load import load_config
 from nemotron_train.config.schema import RunConfig
-from nemotron_train.data.batch import build_batch
+from nemotron_train.data.batch import Batch, build_batch
 from nemotron_train.engine.groups import process_groups
 from nemotron_train.engine.wrap import zero_gradients
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.ranks import launched_rank
+from nemotron_train.runtime import Runtime
 from nemotron_train.step import run_all
 from nemotron_train.trainer import build_runtime
 
@@ -46,9 +47,21 @@ def config_in(precision: str, micro_batch_size: int) -> RunConfig:
     return replace(config, run=replace(config.run, dir=tempfile.mkdtemp()))
 
 
+def run_with_other_weights(run: Runtime, batches: list[Batch]) -> None:
+    """Leaves behind whatever layers keep from one step to the next."""
+    weights = [parameter.detach() for parameter in run.chunks[0].module.parameters()]
+    kept = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight.mul_(-0.5)
+    run_all(run, batches, forward_only=False)
+    for weight, before in zip(weights, kept, strict=True):
+        weight.copy_(before)
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_gradients_are_those_of_the_plain_layers_in_float32(micro_batch_size: int) -> None:
-    """Fails if a kernel, a layout of its inputs or the accumulation of weight gradients over micro-batches is wrong."""
+    """Fails if a kernel, a layout of its inputs or the accumulation of weight gradients over micro-batches is wrong, or
+    if a step goes on with the FP8 copies of an earlier step's weights."""
     me = launched_rank()
     platform = choose_platform(me)
     windows = torch.randint(
@@ -61,6 +74,7 @@ def test_gradients_are_those_of_the_plain_layers_in_float32(micro_batch_size: in
     with process_groups(layout, platform, me, timeout_seconds=60, seed=1) as groups:
         for precision in ("fp32", *TOLERANCE):
             run = build_runtime(plan_run(config_in(precision, micro_batch_size), 1), platform, groups)
+            run_with_other_weights(run, batches)
             zero_gradients(run.chunks)
             losses[precision] = [float(report.nats_K.sum()) for report in run_all(run, batches, forward_only=False)]
             named = run.chunks[0].module.named_parameters()
