@@ -2,16 +2,19 @@
 
     python -m benchmarks.train_step [key=value ...]
     python -m benchmarks.train_step --baseline FILE [key=value ...]
+    python -m benchmarks.train_step --profile PRECISION [key=value ...]
 
 Each precision runs in a process of its own, on the recipe's model cut to 18 layers, with random tokens of the whole
 vocabulary. Timed is one micro-batch forward and backward with its gradient accumulation and reduction, and after that
 the whole step with clipping and AdamW. `--baseline` runs a script that times the same forward and backward of another
 trainer between ours, in the same command: it takes `--fp8 none|blockwise|tensorwise` and prints a line of JSON with
-`tokens_per_second_per_gpu` and `peak_gib`. Read the ratios; `benchmarks/README.md` has figures.
+`tokens_per_second_per_gpu` and `peak_gib`. `--profile` prints which kernels the time goes to. Read the ratios;
+`benchmarks/README.md` has figures.
 """
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +40,22 @@ from nemotron_train.trainer import build_runtime
 
 STEPS, WARMUP = 8, 3
 BASELINE_NAMES = {"bf16": "none", "fp8_block": "blockwise", "fp8_current": "tensorwise"}
+# Kernels by what they do, the first match counts.
+KERNEL_GROUPS = (
+    ("FP8 products", r"e4m3|e5m2|fp8.*gemm|sm90_fp8"),
+    ("quantisation", r"quant|cast|transpose.*fp8|fp8.*transpose|block_scal"),
+    ("Mamba scan", r"_chunk_|_state_passing|_bmm_chunk|ssd"),
+    ("Mamba convolution", r"causal_conv"),
+    ("attention", r"fmha|flash|cudnn.*sdpa|sdpa"),
+    ("cross-entropy", r"softmax|cross_entropy|element_mul"),
+    ("gated norm", r"_layer_norm_(fwd|bwd)"),
+    ("RMSNorm", r"rmsnorm|norm_(fwd|bwd)|layernorm|ln_"),
+    ("bf16 products", r"gemm|nvjet|cutlass|cublas"),
+    ("squared ReLU", r"srelu|relu|gated_act|act_kernel"),
+    ("communication", r"nccl"),
+    ("gradient scaling and clearing", r"multi_tensor|fill|Memset|vectorized_elementwise.*MulFunctor<float>"),
+    ("residual and other elementwise", r"elementwise|reduce|copy|Memcpy"),
+)
 SLICE = (
     "experiment=own_text",
     "model=nemotron_nano_12b_v2",
@@ -103,6 +122,33 @@ def measure(precision: str, overrides: list[str]) -> dict[str, object]:
         return {**result, "step_ms": step_ms, "step_peak_gib": peak_gib(), "losses": losses}
 
 
+def profile(precision: str, overrides: list[str]) -> None:
+    """Print the GPU time of one forward and backward by group of kernels, and the longest kernels."""
+    config = load(precision, overrides)
+    me, plan = launched_rank(), plan_run(config, 1)
+    platform = choose_platform(me)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with process_groups(plan.layout, platform, me, timeout_seconds=600, seed=1) as groups:
+        run, batches = build_runtime(plan, platform, groups), random_batches(config)
+        whole = milliseconds(lambda: _accumulate(run, batches))
+        with torch.profiler.profile(activities=activities) as recorded:
+            _accumulate(run, batches)
+            torch.cuda.synchronize()
+    kernels = [e for e in recorded.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
+    groups_ms: dict[str, float] = {}
+    for kernel in kernels:
+        group = next((name for name, form in KERNEL_GROUPS if re.search(form, kernel.key, re.IGNORECASE)), "other")
+        groups_ms[group] = groups_ms.get(group, 0.0) + kernel.self_device_time_total / 1e3
+    total = sum(groups_ms.values())
+    table = Table("group", "ms", "share", title=f"{precision}: {total:.1f} ms of kernels in {whole:.1f} ms")
+    for group, spent in sorted(groups_ms.items(), key=lambda item: -item[1]):
+        table.add_row(group, f"{spent:.2f}", f"{spent / total:.1%}")
+    Console(width=120).print(table)
+    for kernel in kernels[:60]:
+        print(f"{kernel.self_device_time_total / 1e3:8.2f} ms {kernel.count:4d}x {kernel.key[:150]}")
+
+
 def _accumulate(run: Runtime, batches: list[Batch]) -> None:
     zero_gradients(run.chunks)
     run_all(run, batches, forward_only=False)
@@ -121,6 +167,9 @@ def run_json(command: list[str]) -> dict[str, float]:
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--measure"]:
         print(json.dumps(measure(arguments[1], arguments[2:])), flush=True)
+        return
+    if arguments[:1] == ["--profile"]:
+        profile(arguments[1], arguments[2:])
         return
     baseline = None
     if arguments[:1] == ["--baseline"]:
