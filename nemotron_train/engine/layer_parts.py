@@ -47,7 +47,7 @@ def choose_layer_parts(plan: RunPlan, platform: Platform) -> LayerParts:
             f"{platform.device.type}. Set precision.format=bf16 or fp32 here."
         )
     if not platform.is_cuda or wanted is PrecisionFormat.fp32:
-        return plain_parts(plan, platform)
+        return plain_parts(platform)
     if importlib.util.find_spec("transformer_engine") is not None:
         return transformer_engine_parts(plan)
     if wanted.is_fp8:
@@ -55,10 +55,10 @@ def choose_layer_parts(plan: RunPlan, platform: Platform) -> LayerParts:
             f"precision.format={wanted.value} needs Transformer Engine, which is not installed. "
             'Install it (pip install "nemotron-train[gpu]"), or set precision.format=bf16.'
         )
-    return plain_parts(plan, platform)
+    return plain_parts(platform)
 
 
-def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
+def plain_parts(platform: Platform) -> LayerParts:
     """Plain torch layers; they run on the CPU and on CUDA."""
     return LayerParts(
         name=f"plain torch layers on {platform.device.type}",

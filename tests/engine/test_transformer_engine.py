@@ -48,11 +48,12 @@ def config_in(precision: str, micro_batch_size: int) -> RunConfig:
 
 
 def run_with_other_weights(run: Runtime, batches: list[Batch]) -> None:
-    """Leaves behind whatever layers keep from one step to the next."""
-    weights = [parameter.detach() for parameter in run.chunks[0].module.parameters()]
+    """Leave behind whatever layers keep from one step to the next. Matrices change their sign, so that the maxima which
+    delayed scaling remembers still fit."""
+    weights = [parameter.detach() for parameter in run.chunks[0].module.parameters() if parameter.ndim > 1]
     kept = [weight.clone() for weight in weights]
     for weight in weights:
-        weight.mul_(-0.5)
+        weight.neg_()
     run_all(run, batches, forward_only=False)
     for weight, before in zip(weights, kept, strict=True):
         weight.copy_(before)
