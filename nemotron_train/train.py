@@ -17,6 +17,7 @@ from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.failure import report_failure
 from nemotron_train.platform.ranks import LaunchedRank, launched_rank
 from nemotron_train.platform.signals import StopRequest
+from nemotron_train.platform.support import check_support
 from nemotron_train.trainer import Trainer, build_runtime
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
     if me.rank == 0:
         check_writable(Path(config.run.dir))
     platform = choose_platform(me)
+    check_support(config, platform)
     stop = StopRequest()
     stop.listen()
     with process_groups(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.engine import plain_layers
 from nemotron_train.engine.layer_precision import LayerPrecision
-from nemotron_train.errors import ConfigError
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.platform.device import Platform
 from nemotron_train.precision.recipe import Scaling, fp8_recipe
@@ -35,27 +34,11 @@ class LayerParts:
 
 
 def choose_layer_parts(plan: RunPlan, platform: Platform) -> LayerParts:
-    """Choose Transformer Engine on CUDA, plain torch on the CPU, in float32, and where it is not installed.
-
-    Raises:
-        ConfigError: FP8 without CUDA, or without Transformer Engine.
-    """
-    wanted = plan.config.precision.format
-    if wanted.is_fp8 and not platform.is_cuda:
-        raise ConfigError(
-            f"precision.format={wanted.value} needs CUDA and Transformer Engine; this run is on "
-            f"{platform.device.type}. Set precision.format=bf16 or fp32 here."
-        )
-    if not platform.is_cuda or wanted is PrecisionFormat.fp32:
+    """Choose Transformer Engine on CUDA, plain torch on the CPU, in float32, and where it is not installed."""
+    is_plain = not platform.is_cuda or plan.config.precision.format is PrecisionFormat.fp32
+    if is_plain or importlib.util.find_spec("transformer_engine") is None:
         return plain_parts(platform)
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return transformer_engine_parts(plan)
-    if wanted.is_fp8:
-        raise ConfigError(
-            f"precision.format={wanted.value} needs Transformer Engine, which is not installed. "
-            'Install it (pip install "nemotron-train[gpu]"), or set precision.format=bf16.'
-        )
-    return plain_parts(platform)
+    return transformer_engine_parts(plan)
 
 
 def plain_parts(platform: Platform) -> LayerParts:
