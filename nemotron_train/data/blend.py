@@ -1,17 +1,10 @@
 """Which tokens are sample g of the run? Pure arithmetic on (phases, token counts of the sources, seed); nothing is
 stored or counted.
 
-    g ──phase──▶ k-th sample of the phase ──interleave──▶ r-th window of a source ──permutation──▶ tokens
-
-The stream of a source is its tokens over and over: epoch 0, 1, 2, ... Each epoch starts at another token (a keyed
-rotation), so the cuts between windows fall elsewhere every time. The endless stream is cut into windows of
-seq_length tokens; those that begin in one epoch are drawn in a keyed random order. So every token is used exactly
-once an epoch, across phases. One window an epoch runs over its end and goes on where the next epoch starts; that is
-why a location is a list of spans.
+    g ──phase──▶ k-th sample of the phase ──interleave──▶ r-th sample of a source ──source order──▶ tokens
 
 What sample g is depends on nothing after g: not on the length of the run, of the current phase, or on later phases.
-That is also why a change of seq_length starts a new epoch of a source: the windows left over lie scattered, and
-cannot be read as longer ones.
+A source reads on from where the earlier phase left it, whatever the length of its samples was there.
 """
 
 import hashlib
@@ -20,13 +13,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from nemotron_train.data.interleave import Interleave
-from nemotron_train.data.permutation import Permutation
+from nemotron_train.data.source_order import SampleLength, SourceOrder, Span
 from nemotron_train.errors import ConfigError
 
-FORMAT = 2  # part of `past_hash`: raise it when the same plan would give other samples than before
+FORMAT = 3  # part of `past_hash`: raise it when the same plan would give other samples than before
 
 
 @dataclass(frozen=True)
@@ -39,16 +31,9 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Span:
-    """`count` tokens of a source's stream from `start` on, wrapping at its end."""
-
-    start: int
-    count: int
-
-
-@dataclass(frozen=True)
 class SampleLocation:
-    """Where the seq_length + 1 tokens of a sample lie: one span, or two where it runs over the end of an epoch."""
+    """Where the seq_length + 1 tokens of a sample lie: one span, but for those that run over the end of an epoch or
+    were begun with samples of another length."""
 
     phase: int
     source: int  # position in BlendPlan.source_names
@@ -61,15 +46,6 @@ class SampleLocation:
 
 
 @dataclass(frozen=True)
-class _Progress:
-    """How far a source is when a phase begins: `windows` windows were drawn since the start of epoch `first_epoch`."""
-
-    first_epoch: int
-    windows: int
-    seq_length: int
-
-
-@dataclass(frozen=True)
 class _PlacedPhase:
     """A phase with everything that follows from the phases before it."""
 
@@ -78,7 +54,7 @@ class _PlacedPhase:
     first_token: int  # tokens of all samples before the phase
     seq_length: int
     interleave: Interleave
-    progress: Mapping[str, _Progress]  # of the sources drawn in this phase, at its start
+    positions: Mapping[str, int]  # tokens read before of each source drawn in this phase
 
 
 class BlendPlan:
@@ -99,7 +75,8 @@ class BlendPlan:
         self._numbers = {name: number for number, name in enumerate(source_tokens)}
         self._tokens = dict(source_tokens)
         self._seed = seed
-        self._phases = self._place(phases)
+        self._phases = _place(phases)
+        self._orders = {name: self._order_of(name) for name in source_tokens}
         self._first_samples = [phase.first_sample for phase in self._phases]
         self._first_tokens = [phase.first_token for phase in self._phases]
 
@@ -107,8 +84,8 @@ class BlendPlan:
         """Return where sample number `sample` (from 0) of the run lies."""
         phase = self._phases[bisect_right(self._first_samples, sample) - 1]
         name, drawn = phase.interleave.draw(sample - phase.first_sample)
-        progress = phase.progress[name]
-        epoch, spans = self._window(name, phase.seq_length, progress.first_epoch, progress.windows + drawn)
+        position = phase.positions[name] + drawn * phase.seq_length
+        epoch, spans = self._orders[name].read(position, phase.seq_length)
         return SampleLocation(phase.number, self._numbers[name], epoch, spans)
 
     def sample_at(self, consumed_tokens: int) -> int:
@@ -156,57 +133,47 @@ class BlendPlan:
                 epochs[name][phase.number] = windows * phase.seq_length / self._tokens[name]
         return {name: tuple(values) for name, values in epochs.items()}
 
-    def _place(self, phases: Sequence[Phase]) -> list[_PlacedPhase]:
-        placed: list[_PlacedPhase] = []
-        progress: dict[str, _Progress] = {}
-        sample, token = 0, 0
-        for number, phase in enumerate(phases):
-            weights = {name: weight for name, weight in phase.weights.items() if weight > 0}
-            interleave = Interleave(weights)
-            begun = {name: self._progress_for(name, phase.seq_length, progress.get(name)) for name in weights}
-            placed.append(_PlacedPhase(number, sample, token, phase.seq_length, interleave, begun))
-            if number + 1 == len(phases):
-                break
-            samples = max(0, -(-(phases[number + 1].start_tokens - token) // phase.seq_length))
-            if samples == 0:  # shorter than the sample that was under way: it never gets its turn, and leaves no trace
-                placed.pop()
-                continue
-            for name, drawn in interleave.counts_before(samples).items():
-                before = begun[name]
-                progress[name] = _Progress(before.first_epoch, before.windows + drawn, before.seq_length)
-            sample, token = sample + samples, token + samples * phase.seq_length
-        return placed
+    def tokens_read(self, sample: int) -> dict[str, int]:
+        """Return how many tokens of each source the samples 0 ... sample-1 took."""
+        read = dict.fromkeys(self.source_names, 0)
+        for phase, end in self._phases_until(sample):
+            for name, drawn in phase.interleave.counts_before(end - phase.first_sample).items():
+                read[name] = phase.positions[name] + drawn * phase.seq_length
+        return read
 
-    def _progress_for(self, name: str, seq_length: int, before: _Progress | None) -> _Progress:
-        """Return where a source goes on: at the next epoch, if its windows had another length before."""
-        if before is None or before.windows == 0:
-            return _Progress(before.first_epoch if before else 0, 0, seq_length)
-        if before.seq_length == seq_length:
-            return before
-        begun_epochs = -(-before.windows * before.seq_length // self._tokens[name])
-        return _Progress(before.first_epoch + begun_epochs, 0, seq_length)
-
-    def _window(self, name: str, seq_length: int, first_epoch: int, window: int) -> tuple[int, tuple[Span, ...]]:
-        """Return the epoch and the tokens of the `window`-th window a source gives since the start of `first_epoch`."""
-        tokens = self._tokens[name]
-        since = window * seq_length // tokens  # whole epochs since first_epoch
-        first = -(-since * tokens // seq_length)  # windows that begin before this epoch
-        beyond = -(-(since + 1) * tokens // seq_length)
-        epoch = first_epoch + since
-        shuffled = first + _epoch_order(self._seed, name, epoch, beyond - first)(window - first)
-        offset = shuffled * seq_length - since * tokens  # from the start of the epoch
-        left = tokens - offset
-        start = (_epoch_origin(self._seed, name, epoch, tokens) + offset) % tokens
-        if left > seq_length:
-            return epoch, (Span(start, seq_length + 1),)
-        following = _epoch_origin(self._seed, name, epoch + 1, tokens)
-        return epoch, (Span(start, left), Span(following, seq_length + 1 - left))
+    def _order_of(self, name: str) -> SourceOrder:
+        lengths = [
+            SampleLength(phase.positions[name], phase.seq_length) for phase in self._phases if name in phase.positions
+        ]
+        return SourceOrder(name, self._tokens[name], self._seed, self._phases[0].seq_length, lengths)
 
     def _phases_until(self, sample: int) -> list[tuple[_PlacedPhase, int]]:
         """Return the phases that have samples before `sample`, each with the end of those samples."""
         ends = [*self._first_samples[1:], sample]
         pairs = zip(self._phases, ends, strict=True)
         return [(phase, min(end, sample)) for phase, end in pairs if phase.first_sample < sample]
+
+
+def _place(phases: Sequence[Phase]) -> list[_PlacedPhase]:
+    """Work out where each phase begins: in samples, in tokens, and in each source."""
+    placed: list[_PlacedPhase] = []
+    positions: dict[str, int] = {}
+    sample, token = 0, 0
+    for number, phase in enumerate(phases):
+        weights = {name: weight for name, weight in phase.weights.items() if weight > 0}
+        interleave = Interleave(weights)
+        samples = None  # the last phase has no end
+        if number + 1 < len(phases):
+            samples = max(0, -(-(phases[number + 1].start_tokens - token) // phase.seq_length))
+            if samples == 0:  # shorter than the sample that was under way: never gets its turn, and leaves no trace
+                continue
+        begun = {name: positions.get(name, 0) for name in weights}
+        placed.append(_PlacedPhase(number, sample, token, phase.seq_length, interleave, begun))
+        if samples is not None:
+            for name, drawn in interleave.counts_before(samples).items():
+                positions[name] = begun[name] + drawn * phase.seq_length
+            sample, token = sample + samples, token + samples * phase.seq_length
+    return placed
 
 
 def check_phases(phases: Sequence[Phase], source_tokens: Mapping[str, int]) -> None:
@@ -216,6 +183,7 @@ def check_phases(phases: Sequence[Phase], source_tokens: Mapping[str, int]) -> N
         raise ConfigError(f"data.phases start at {starts} tokens; the first must be there and start at 0.")
     for number, phase in enumerate(phases):
         key = f"data.phases[{number}]"
+        _check_length(f"{key}.seq_length", phase.seq_length, phases[0].seq_length)
         if number and phase.start_tokens <= phases[number - 1].start_tokens:
             raise ConfigError(
                 f"{key}.start_tokens={phase.start_tokens} does not come after the phase before it "
@@ -232,24 +200,17 @@ def check_phases(phases: Sequence[Phase], source_tokens: Mapping[str, int]) -> N
             raise ConfigError(f"{key}.weights has no source with a weight above 0.")
 
 
+def _check_length(key: str, length: int, first_length: int) -> None:
+    ratio, rest = divmod(max(length, first_length), min(length, first_length))
+    if rest or ratio & (ratio - 1):
+        raise ConfigError(
+            f"{key}={length} is not the first phase's {first_length} times a power of two; then a source could not "
+            "read on from where the earlier phase left it. Use such a length."
+        )
+
+
 def _check_weight(key: str, name: str, weight: float, source_tokens: Mapping[str, int]) -> None:
     if name not in source_tokens:
         raise ConfigError(f"{key} names source {name!r}; data.sources has {', '.join(source_tokens)}.")
     if not math.isfinite(weight) or weight < 0:
         raise ConfigError(f"{key} gives source {name!r} the weight {weight}; it must be a number >= 0.")
-
-
-def _key(*parts: int | str) -> int:
-    """Return 64 bits that follow from the parts alone, on every machine."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
-
-
-@lru_cache(maxsize=4096)
-def _epoch_order(seed: int, name: str, epoch: int, windows: int) -> Permutation:
-    return Permutation(windows, _key(seed, "order", name, epoch))
-
-
-@lru_cache(maxsize=4096)
-def _epoch_origin(seed: int, name: str, epoch: int, tokens: int) -> int:
-    """Return the token at which an epoch of a source starts."""
-    return _key(seed, "origin", name, epoch) % tokens

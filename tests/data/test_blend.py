@@ -140,8 +140,8 @@ def test_the_past_hash_of_a_known_plan_stays_what_it_is() -> None:
     """Fails if the arithmetic or the hashed form changed without FORMAT being raised: old runs could not tell."""
     plan = BlendPlan(PHASES, SOURCES, seed=3)
     starts = [plan.locate(sample).start_token for sample in (0, 1, 2, 500, 1999)]
-    assert starts == [912, 165, 48, 287, 239]
-    assert plan.past_hash(16_000).startswith("6fc31de6af598c40")
+    assert starts == [832, 277, 720, 623, 858]
+    assert plan.past_hash(16_000).startswith("2a19036e949022bd")
 
 
 def test_phases_begin_at_the_first_sample_at_or_after_their_start() -> None:
@@ -156,17 +156,31 @@ def test_phases_begin_at_the_first_sample_at_or_after_their_start() -> None:
         plan.sample_at(3001)
 
 
-def test_another_seq_length_starts_a_new_epoch() -> None:
-    """Fails if windows of two lengths share an epoch, or tokens and samples are no longer each other's inverse."""
+def test_another_seq_length_reads_on_in_the_same_epoch() -> None:
+    """Fails if tokens of an epoch are left out or read again when the length of samples changes, or tokens and samples
+    are no longer each other's inverse."""
     plan = BlendPlan([Phase(0, S, {"web": 1.0}), Phase(320, 4 * S, {"web": 1.0, "code": 1.0})], SOURCES, seed=3)
-    web = [location for location in map(plan.locate, range(60)) if location.source == 0]
-    assert [location.epoch for location in web[:21]] == [0] * 20 + [1]
-    after = {sample: plan.locate(sample) for sample in range(20, 60)}
-    assert {sum(span.count for span in location.spans) for location in after.values()} == {4 * S + 1}
-    assert {location.epoch for location in after.values() if location.source == 1} >= {0}
+    web = stream_positions(plan, "web", 60)
+    assert [len(tokens) for _, tokens in web[:21]] == [S + 1] * 20 + [4 * S + 1]
+    used: Counter[int] = Counter()
+    for location, tokens in web:
+        used.update(tokens[:-1])
+        if used.total() <= 1003 - S:
+            assert location.epoch == 0
+            assert sum(used.values()) - len(used) < S  # the one window over the end of the epoch
+    assert used.total() > 1003
     for sample in range(60):
         assert plan.sample_at(plan.tokens_before(sample)) == sample
     assert plan.tokens_before(22) == 320 + 2 * 4 * S
+
+
+def test_tokens_read_are_the_tokens_of_the_samples() -> None:
+    """Fails if the count of what a run has read is off in any phase, for sources that pause in one, too."""
+    plan = BlendPlan(PHASES, SOURCES, seed=3)
+    read = dict.fromkeys(SOURCES, 0)
+    for sample in range(1000):
+        assert plan.tokens_read(sample) == read
+        read[plan.source_names[plan.locate(sample).source]] += S
 
 
 def test_a_phase_shorter_than_a_sample_leaves_no_trace() -> None:
@@ -225,6 +239,7 @@ def test_a_plan_of_twenty_trillion_tokens_is_found_at_once_and_stays_exact() -> 
         ([Phase(0, S, {"web": -1.0, "code": 2.0})], "gives source 'web' the weight -1.0"),
         ([Phase(0, S, {"web": float("nan")})], "gives source 'web' the weight nan"),
         ([Phase(0, S, {"web": 0.0})], "no source with a weight above 0"),
+        ([Phase(0, S, {"web": 1.0}), Phase(64, 3 * S, {"web": 1.0})], r"phases\[1\].seq_length=48 is not .* 16 times"),
         ([Phase(0, 211, {"math": 1.0})], "Source 'math' has 211 tokens; .* needs at least 212"),
     ],
 )
