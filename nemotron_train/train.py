@@ -62,7 +62,7 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
         me,
         timeout_seconds=config.parallel.timeout_seconds,
         seed=config.run.seed,
-        fingerprint=fingerprint(config) + data.fingerprint(config.train.train_tokens),
+        fingerprint=fingerprint(config) + data.blend.past_hash(plan.batches.consumed_at_end),
     ) as groups:
         runtime = build_runtime(plan, platform, groups)
         finished = Trainer(runtime, data, stop, is_reporter=me.rank == 0).train()

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nemotron_train.checkpoint.resume import check_may_resume, choose_checkpoint, origin_of
+from nemotron_train.checkpoint.resume import (
+    check_lengths_change_between_steps,
+    check_may_resume,
+    choose_checkpoint,
+    origin_of,
+)
 from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint
 from nemotron_train.config.load import write_resolved
 from nemotron_train.data.batch import Batch, RankShare
@@ -29,6 +34,7 @@ from nemotron_train.evaluate import evaluate
 from nemotron_train.loss import MeanLoss
 from nemotron_train.model.build import build_model_chunks
 from nemotron_train.observe.jsonl_writer import read_records
+from nemotron_train.observe.ledger import ConsumptionLedger
 from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
@@ -71,6 +77,7 @@ class Trainer:
         )
         self.saved_step: int | None = None
         self.skipped_in_a_row = 0
+        self.ledger = ConsumptionLedger(Path(self.config.run.dir), data.blend) if is_reporter else None
 
     def train(self) -> bool:
         """Train to the end.
@@ -87,9 +94,15 @@ class Trainer:
                 f"{tokens:,}" for tokens in (progress.consumed_tokens, self.config.train.train_tokens)
             ))  # fmt: skip
         writers = self.open_writers(progress)
+        if self.ledger is not None:
+            self.ledger.begin(progress.step, self.data.reader.sources)
         try:
             with DataLoader(
-                self.data.reader, self.share, self.batch_plan.global_batch_size_at, progress.consumed_tokens
+                self.data.reader,
+                self.share,
+                self.batch_plan.global_batch_size_at,
+                progress.consumed_tokens,
+                self.data.eod_id,
             ) as loader:
                 return self.take_steps(progress, loader, writers)
         finally:
@@ -101,6 +114,7 @@ class Trainer:
         if folder is None:
             return Progress()
         commit = load_checkpoint(self.run, folder, lambda found: check_may_resume(found, self.config, self.data.blend))
+        check_lengths_change_between_steps(self.batch_plan, commit.consumed_tokens)
         self.saved_step = commit.step
         logger.info("Going on from %s: step %d, %s tokens.", folder, commit.step, f"{commit.consumed_tokens:,}")
         return Progress(
@@ -122,7 +136,6 @@ class Trainer:
     def take_steps(self, progress: Progress, loader: DataLoader, writers: Writers) -> bool:
         train, last_step = self.config.train, self.last_step(progress)
         timer = StepTimer(
-            flops_per_token=self.run.plan.sizes.flops_per_token,
             num_ranks=self.run.plan.layout.world_size,
             train_tokens=train.train_tokens,
         )
@@ -136,12 +149,18 @@ class Trainer:
             before, progress = progress, advance(progress, step_tokens, result)
             self.check_skips(result, progress)
             self.run.platform.synchronize()
-            speed = timer.finish(step_tokens=step_tokens, consumed_tokens=progress.consumed_tokens)
+            speed = timer.finish(
+                step_tokens=step_tokens,
+                consumed_tokens=progress.consumed_tokens,
+                flops_per_token=self.run.plan.flops_per_token_at(before.consumed_tokens),
+            )
 
             stopped = any_rank(self.stop.signal_name is not None, self.run.platform.device)
             at_end = progress.step == last_step
             if progress.step % self.config.log.every_steps == 0 or at_end or stopped:
                 writers.write(self.step_record(before, progress, result, speed))
+                if self.ledger is not None:
+                    self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
             if is_due(self.config.checkpoint.every_steps, progress.step) or at_end or stopped:
                 self.save(progress, writers)
             if (is_due(train.eval_every_steps, progress.step) and not stopped) or at_end:
@@ -159,7 +178,7 @@ class Trainer:
         if self.data.has_heldout:
             train = self.config.train
             batches: Sequence[Batch] = list(
-                heldout_batches(self.data.heldout, train.eval_tokens, train.seq_length, self.share)
+                heldout_batches(self.data.heldout, train.eval_tokens, train.seq_length, self.share, self.data.eod_id)
             )
             began = time.perf_counter()
             losses = self.loss_record("eval_loss", evaluate(self.run, batches))
@@ -203,6 +222,7 @@ class Trainer:
             "step": progress.step,
             "consumed_tokens": progress.consumed_tokens,
             "phase": sum(start <= before.consumed_tokens for start in starts) - 1,
+            "seq_length": self.batch_plan.seq_length_at(before.consumed_tokens),
             "global_batch_size": self.batch_plan.global_batch_size_at(before.consumed_tokens),
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,

@@ -1,12 +1,14 @@
 """Which checkpoint a run starts from, and whether it may."""
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 from nemotron_train.checkpoint.commit import Commit, newest_checkpoint, read_commit
 from nemotron_train.config.schema import ModelSection, RunConfig
 from nemotron_train.data.blend import BlendPlan
 from nemotron_train.errors import CheckpointError, ConfigError
+from nemotron_train.plan.batching import BatchPlan
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,26 @@ def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan) -> Non
             "shards, or a phase that has already begun "
             "was changed. Restore them; train_tokens and phases that have not begun may change."
         )
+
+
+def check_lengths_change_between_steps(batches: BatchPlan, consumed_tokens: int) -> None:
+    """Refuse to go on where a step would reach over a change of sample length, as it may after a change of batch size.
+
+    Raises:
+        ConfigError: names the change and the steps around it.
+    """
+    for before, after in pairwise(batches.segments):
+        start = after.start_tokens
+        if before.seq_length == after.seq_length or start <= consumed_tokens:
+            continue
+        step = batches.step_at_or_after(start, consumed_tokens)
+        if step != start:
+            raise ConfigError(
+                f"Samples change from {before.seq_length} to {after.seq_length} tokens at {start} tokens, within a "
+                f"step: after the checkpoint's {consumed_tokens} tokens, steps start at "
+                f"{step - before.tokens_per_step} and {step}. Change data.phases[].start_tokens to one of them, or the "
+                "global batch size."
+            )
 
 
 def model_facts(model: ModelSection) -> dict[str, object]:

@@ -75,6 +75,13 @@ class Recompute(str, Enum):
     full = "full"  # every layer keeps only its input
 
 
+class DocumentBoundary(str, Enum):
+    """What the model sees of the documents that are packed into one sample."""
+
+    none = "none"  # one text: attention and scan run across documents, as in the published runs
+    reset = "reset"  # each document on its own; the first token of a document is not predicted from the one before
+
+
 class WandbMode(str, Enum):
     off = "off"
     offline = "offline"
@@ -149,6 +156,7 @@ class SourceConfig:
 class SourceWeight:
     source: str = MISSING
     weight: float = MISSING  # >= 0; the weights of a phase are normalised to a sum of 1
+    fim_rate: float = 0.0  # of its documents that are rearranged for fill-in-the-middle, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ class PhaseConfig:
 
     start_tokens: int = MISSING  # 0 for the first phase, rising
     weights: list[SourceWeight] = field(default_factory=list)
+    seq_length: int | None = None  # tokens of a sample; not asked: train.seq_length. A power of two times the first's
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,10 @@ class DataSection:
     tokenizer: str = "tokenizer.json"  # of the tokens in the shards; its size is checked against model.vocab_size
     sources: list[SourceConfig] = field(default_factory=list)
     phases: list[PhaseConfig] = field(default_factory=list)
+    document_boundary: DocumentBoundary = DocumentBoundary.none
+    eod_token: str = "<|endoftext|>"  # ends documents; read where boundaries or fill-in-the-middle need it
+    fim_spm_rate: float = 0.5  # of rearranged documents: suffix first; the others prefix first (arXiv 2207.14255)
+    fim_tokens: list[str] = field(default_factory=list)  # of the tokenizer: before prefix, suffix and middle
     max_epochs: float = 8.0  # refuse a blend that repeats a source more often (Nemotron-H §2.2 stays within 4 to 8)
 
 
@@ -202,7 +215,7 @@ class BatchStep:
 @dataclass(frozen=True)
 class TrainSection:
     train_tokens: int = MISSING  # the run takes as many whole steps as fit
-    seq_length: int = MISSING  # tokens of a sample
+    seq_length: int = MISSING  # tokens of a sample, where data.phases[].seq_length asks for no other; of evaluation
     global_batch_size: int = MISSING  # samples of an optimizer step, all ranks
     micro_batch_size: int = 1  # samples of one forward and backward on one rank: speed and memory only
     batch_schedule: list[BatchStep] = field(default_factory=list)  # other global batch sizes from given tokens on

@@ -23,6 +23,7 @@ class Batch:
     labels_BS: Tensor  # int64
     loss_mask_BS: Tensor  # float32: 1 = carries loss, 0 = padding
     source_B: Tensor  # int64, position in data.sources
+    document_BS: Tensor | None = None  # int32, number of the token's document in its sample; None: not told apart
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
@@ -30,11 +31,23 @@ class Batch:
             labels_BS=self.labels_BS.to(device, non_blocking=True),
             loss_mask_BS=self.loss_mask_BS.to(device, non_blocking=True),
             source_B=self.source_B.to(device, non_blocking=True),
+            document_BS=None if self.document_BS is None else self.document_BS.to(device, non_blocking=True),
         )
 
 
-def build_batch(windows: Sequence[NDArray[np.int64]], sources: Sequence[int], num_rows: int, seq_length: int) -> Batch:
-    """Stack windows of S + 1 tokens into a micro-batch of `num_rows` rows; rows without a window carry no loss."""
+def build_batch(
+    windows: Sequence[NDArray[np.int64]],
+    sources: Sequence[int],
+    num_rows: int,
+    seq_length: int,
+    eod_id: int | None = None,
+) -> Batch:
+    """Stack windows of S + 1 tokens into a micro-batch of `num_rows` rows; rows without a window carry no loss.
+
+    Args:
+        eod_id: the token that ends a document. With it documents are told apart: they get numbers, and the first
+            token of a document is not predicted from the last one of the document before.
+    """
     rows = np.zeros((num_rows, seq_length + 1), dtype=np.int64)
     for row, window in zip(rows, windows, strict=False):
         row[:] = window
@@ -43,11 +56,17 @@ def build_batch(windows: Sequence[NDArray[np.int64]], sources: Sequence[int], nu
     source_B = torch.zeros(num_rows, dtype=torch.int64)
     source_B[: len(windows)] = torch.tensor(sources, dtype=torch.int64)
     rows_BS = torch.from_numpy(rows)
+    document_BS = None
+    if eod_id is not None:
+        ends_BS = rows_BS[:, :-1] == eod_id
+        document_BS = (ends_BS.cumsum(1) - ends_BS.int()).int()
+        mask_BS[ends_BS] = 0.0
     return Batch(
         tokens_BS=rows_BS[:, :-1].contiguous(),
         labels_BS=rows_BS[:, 1:].contiguous(),
         loss_mask_BS=mask_BS,
         source_B=source_B,
+        document_BS=document_BS,
     )
 
 

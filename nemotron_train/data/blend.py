@@ -12,7 +12,8 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from nemotron_train.data.interleave import Interleave
 from nemotron_train.data.source_order import SampleLength, SourceOrder, Span
@@ -28,6 +29,7 @@ class Phase:
     start_tokens: int
     seq_length: int
     weights: Mapping[str, float]  # of sources by name, >= 0; only their ratios count
+    fim_rates: Mapping[str, float] = field(default_factory=dict)  # of documents rearranged, by source; absent: 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SampleLocation:
     source: int  # position in BlendPlan.source_names
     epoch: int
     spans: tuple[Span, ...]
+    fim_rate: float  # of its documents, rearranged
 
     @property
     def start_token(self) -> int:
@@ -54,17 +57,25 @@ class _PlacedPhase:
     first_token: int  # tokens of all samples before the phase
     seq_length: int
     interleave: Interleave
+    fim_rates: Mapping[str, float]
     positions: Mapping[str, int]  # tokens read before of each source drawn in this phase
 
 
 class BlendPlan:
     """Maps sample numbers to tokens. Immutable; equal arguments give equal samples on every machine and rank."""
 
-    def __init__(self, phases: Sequence[Phase], source_tokens: Mapping[str, int], seed: int) -> None:
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        source_tokens: Mapping[str, int],
+        seed: int,
+        contents: Mapping[str, str | None] | None = None,
+    ) -> None:
         """Place the phases one after the other.
 
         Args:
             source_tokens: tokens in each source by name; its order numbers the sources.
+            contents: a hash of each source's tokens, where it is known: part of `past_hash`.
 
         Raises:
             ConfigError: the phases do not start at 0 and rise, a weight or source name is impossible, or a source is
@@ -75,6 +86,7 @@ class BlendPlan:
         self._numbers = {name: number for number, name in enumerate(source_tokens)}
         self._tokens = dict(source_tokens)
         self._seed = seed
+        self._contents = {name: content for name, content in (contents or {}).items() if content is not None}
         self._phases = _place(phases)
         self._orders = {name: self._order_of(name) for name in source_tokens}
         self._first_samples = [phase.first_sample for phase in self._phases]
@@ -86,7 +98,7 @@ class BlendPlan:
         name, drawn = phase.interleave.draw(sample - phase.first_sample)
         position = phase.positions[name] + drawn * phase.seq_length
         epoch, spans = self._orders[name].read(position, phase.seq_length)
-        return SampleLocation(phase.number, self._numbers[name], epoch, spans)
+        return SampleLocation(phase.number, self._numbers[name], epoch, spans, phase.fim_rates.get(name, 0.0))
 
     def sample_at(self, consumed_tokens: int) -> int:
         """Return the number of the sample that comes after `consumed_tokens` tokens.
@@ -111,15 +123,17 @@ class BlendPlan:
     def past_hash(self, consumed_tokens: int) -> str:
         """Return the SHA-256 of everything that determined the samples before `consumed_tokens`.
 
-        Plans with equal hashes gave equal samples so far, whatever they hold for the future. Of the shards, only the
-        number of tokens is part of it.
+        Plans with equal hashes gave equal samples so far, whatever they hold for the future. Of a source, the
+        number of its tokens is part of it and, where it is known, the hash of them.
         """
-        past = []
-        drawn: dict[str, int] = {}
+        past: list[dict[str, Any]] = []
+        drawn: dict[str, list[int | str | None]] = {}
         for phase, end in self._phases_until(self.sample_at(consumed_tokens)):
             weights = phase.interleave.weights
             past.append({"samples": end - phase.first_sample, "seq_length": phase.seq_length, "weights": weights})
-            drawn.update((name, self._tokens[name]) for name in weights)
+            if phase.fim_rates:
+                past[-1]["fim_rates"] = phase.fim_rates
+            drawn.update((name, [self._tokens[name], self._contents.get(name)]) for name in weights)
         canonical = {"format": FORMAT, "seed": self._seed, "phases": past, "sources": drawn}
         return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -167,8 +181,9 @@ def _place(phases: Sequence[Phase]) -> list[_PlacedPhase]:
             samples = max(0, -(-(phases[number + 1].start_tokens - token) // phase.seq_length))
             if samples == 0:  # shorter than the sample that was under way: never gets its turn, and leaves no trace
                 continue
+        rates = {name: rate for name, rate in phase.fim_rates.items() if rate > 0 and name in weights}
         begun = {name: positions.get(name, 0) for name in weights}
-        placed.append(_PlacedPhase(number, sample, token, phase.seq_length, interleave, begun))
+        placed.append(_PlacedPhase(number, sample, token, phase.seq_length, interleave, rates, begun))
         if samples is not None:
             for name, drawn in interleave.counts_before(samples).items():
                 positions[name] = begun[name] + drawn * phase.seq_length

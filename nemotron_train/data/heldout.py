@@ -17,7 +17,7 @@ def count_heldout_windows(source: Source, eval_tokens: int, seq_length: int) -> 
 
 
 def heldout_batches(
-    sources: Sequence[Source | None], eval_tokens: int, seq_length: int, share: RankShare
+    sources: Sequence[Source | None], eval_tokens: int, seq_length: int, share: RankShare, eod_id: int | None = None
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of held-out windows.
 
@@ -26,6 +26,7 @@ def heldout_batches(
     Args:
         sources: held-out shards in the order of data.sources, None where a source has none.
         eval_tokens: of each source.
+        eod_id: ends documents, where the model is to tell them apart.
     """
     windows = [
         (number, source, index * seq_length)
@@ -38,4 +39,4 @@ def heldout_batches(
         first = start + share.dp_rank * size
         mine = windows[first : first + size]
         rows = [source.read(at, seq_length + 1) for _, source, at in mine]
-        yield build_batch(rows, [number for number, _, _ in mine], num_rows=size, seq_length=seq_length)
+        yield build_batch(rows, [number for number, _, _ in mine], num_rows=size, seq_length=seq_length, eod_id=eod_id)

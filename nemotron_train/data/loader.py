@@ -17,25 +17,32 @@ from nemotron_train.data.blend import BlendPlan
 from nemotron_train.data.source import Source
 from nemotron_train.errors import ConfigError
 
+# Takes a window's tokens, its source's name, its first token in the source and the rate of the documents to rearrange.
+Rearrange = Callable[[NDArray[np.int64], str, int, float], NDArray[np.int64]]
+
 _POLL_SECONDS = 0.1  # how long a blocked thread takes to notice that the loader was closed
 
 
 class SampleReader:
     """Reads sample g of the run: the plan says where it lies, the sources hold it."""
 
-    def __init__(self, plan: BlendPlan, sources: Sequence[Source]) -> None:
+    def __init__(self, plan: BlendPlan, sources: Sequence[Source], rearrange: Rearrange | None = None) -> None:
         names = tuple(source.name for source in sources)
         if names != plan.source_names:
             raise ValueError(f"plan of sources {plan.source_names} does not belong to sources {names}")
         self.plan = plan
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
+        self._rearrange = rearrange
 
     def read(self, sample: int) -> tuple[int, NDArray[np.int64]]:
         """Return the number of the sample's source and its seq_length + 1 tokens."""
         location = self.plan.locate(sample)
-        source = self._sources[location.source]
+        source = self.sources[location.source]
         pieces = [source.read(span.start, span.count) for span in location.spans]
-        return location.source, pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if location.fim_rate and self._rearrange is not None:
+            tokens = self._rearrange(tokens, source.name, location.start_token, location.fim_rate)
+        return location.source, tokens
 
 
 class DataLoader(Iterator[Batch]):
@@ -51,6 +58,7 @@ class DataLoader(Iterator[Batch]):
         share: RankShare,
         global_batch_size_at: Callable[[int], int],
         consumed_tokens: int = 0,
+        eod_id: int | None = None,
         prefetch_micro_batches: int = 8,
     ) -> None:
         """Start reading ahead.
@@ -58,11 +66,13 @@ class DataLoader(Iterator[Batch]):
         Args:
             global_batch_size_at: samples of the step (all ranks) that starts after so many consumed tokens.
             consumed_tokens: of the run so far, a whole number of steps.
+            eod_id: ends documents, where the model is to tell them apart.
         """
         self.consumed_tokens = consumed_tokens  # of all ranks, in steps whose micro-batches were all handed out
         self._reader = reader
         self._share = share
         self._global_batch_size_at = global_batch_size_at
+        self._eod_id = eod_id
         self._ready: queue.Queue[tuple[Batch, int] | BaseException] = queue.Queue(maxsize=prefetch_micro_batches)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -128,6 +138,7 @@ class DataLoader(Iterator[Batch]):
                         "seq_length starts within a micro-batch. Move its start_tokens to the start of a step."
                     )
                 last = start + size == samples.stop
-                batch = build_batch(windows, numbers, num_rows=size, seq_length=len(windows[0]) - 1)
+                length = len(windows[0]) - 1
+                batch = build_batch(windows, numbers, num_rows=size, seq_length=length, eod_id=self._eod_id)
                 yield batch, after_step if last else consumed_tokens
             consumed_tokens = after_step

@@ -1,16 +1,24 @@
 """From configuration to open data: which files are the sources, do they fit the model, and what is the plan?"""
 
 import glob
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
-from nemotron_train.config.schema import DataSection, SourceConfig
+import numpy as np
+
+from nemotron_train.config.schema import DataSection, DocumentBoundary, SourceConfig
 from nemotron_train.data.blend import BlendPlan, Phase
 from nemotron_train.data.shard import OpenFiles, Shard
+from nemotron_train.data.shard_meta import ManifestShard, SourceManifest, read_manifest
 from nemotron_train.data.source import Source
+from nemotron_train.data.tokenizer_file import check_tokenizer, token_id, tokenizer_hash
 from nemotron_train.errors import ConfigError, DataError
+
+# Runs of more shards start without looking at each of them; a damaged one is then found when it is first read.
+SHARDS_CHECKED_AT_START = 1000
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,22 @@ def open_data(data: DataSection, vocab_size: int, seq_length: int) -> OpenData:
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"data.sources has the names {names}; it needs at least one, and each once.")
     files = OpenFiles()
+    known = _Manifests(data, vocab_size)
     training_paths = [expand_prefixes(data, source, source.prefixes, "prefixes") for source in data.sources]
     heldout_paths = [expand_prefixes(data, source, source.eval_prefixes, "eval_prefixes") for source in data.sources]
     _check_apart(training_paths, heldout_paths)
+    for source, paths in zip(data.sources, training_paths, strict=True):
+        known.check_complete(source, [str(Path(data.path) / prefix) for prefix in source.prefixes], paths)
     training, heldout = [], []
     for name, paths, eval_paths in zip(names, training_paths, heldout_paths, strict=True):
         if not paths:
             raise ConfigError(f"Source {name!r} has no shards: data.sources[].prefixes is empty.")
-        training.append(_open_source(name, paths, files, vocab_size, seq_length))
-        heldout.append(_open_source(name, eval_paths, files, vocab_size, seq_length) if eval_paths else None)
+        training.append(_open_source(name, paths, files, known, vocab_size, seq_length))
+        heldout.append(_open_source(name, eval_paths, files, known, vocab_size, seq_length) if eval_paths else None)
+    shards = [shard for source in (*training, *heldout) if source is not None for shard in source.shards]
+    if len(shards) <= SHARDS_CHECKED_AT_START:
+        for shard in shards:
+            _ = shard.layout  # compares the files with their manifest
     return OpenData(tuple(training), tuple(heldout))
 
 
@@ -57,8 +72,10 @@ def build_plan(data: DataSection, training: Sequence[Source], seq_length: int, s
         if len(weights) < len(phase.weights):
             named = [share.source for share in phase.weights]
             raise ConfigError(f"data.phases[{number}].weights names a source twice: {', '.join(named)}.")
-        phases.append(Phase(phase.start_tokens, seq_length, weights))
-    return BlendPlan(phases, {source.name: source.num_tokens for source in training}, seed)
+        fim_rates = {share.source: share.fim_rate for share in phase.weights if share.fim_rate}
+        phases.append(Phase(phase.start_tokens, phase.seq_length or seq_length, weights, fim_rates))
+    tokens = {source.name: source.num_tokens for source in training}
+    return BlendPlan(phases, tokens, seed, {source.name: source.identity for source in training})
 
 
 def check_epochs(plan: BlendPlan, train_tokens: int, max_epochs: float) -> None:
@@ -95,34 +112,72 @@ def expand_prefixes(data: DataSection, source: SourceConfig, prefixes: Sequence[
     return found
 
 
-def check_tokenizer(path: Path, vocab_size: int) -> None:
-    """Check that every id of a `tokenizer.json` is a row of the model's embedding.
+class _Manifests:
+    """What the manifests in the folders of the shards say, each file read once."""
 
-    Raises:
-        DataError: the file is missing or no tokenizer.
-        ConfigError: it has more ids than model.vocab_size.
-    """
-    size = tokenizer_size(path)
-    if size > vocab_size:
-        raise ConfigError(f"{path} has {size} tokens, model.vocab_size={vocab_size}. Raise model.vocab_size.")
+    def __init__(self, data: DataSection, vocab_size: int) -> None:
+        self._tokenizer = Path(data.path) / data.tokenizer
+        self._vocab_size = vocab_size
+        self._wants_boundaries = data.document_boundary is DocumentBoundary.reset
+        self._eod_token = data.eod_token
+        self._folder = cache(self._read_folder)
+
+    def open(self, prefix: Path, files: OpenFiles) -> Shard:
+        """Open a shard by what its manifest says; without one, by its index."""
+        entry = self._folder(prefix.parent).get(prefix.name)
+        if entry is None:
+            return Shard(prefix, files)
+        facts, manifest = entry
+        return Shard(prefix, files, facts=facts, dtype=np.dtype(manifest.dtype))
+
+    def check_complete(self, source: SourceConfig, patterns: Sequence[str], found: Sequence[Path]) -> None:
+        """Raise DataError if a manifest lists a shard that a pattern of the source means and that is not there."""
+        there = set(found)
+        for folder in {path.parent for path in found}:
+            for name in self._folder(folder):
+                wanted = any(fnmatchcase(str(folder / name), pattern) for pattern in patterns)
+                if wanted and folder / name not in there:
+                    raise DataError(
+                        f"Source {source.name!r}: {folder / name}.idx is missing; the manifest beside it lists it. "
+                        "Restore the shard, or tokenize the source anew."
+                    )
+
+    def _read_folder(self, folder: Path) -> dict[str, tuple[ManifestShard, SourceManifest]]:
+        known = {}
+        for path in sorted(folder.glob("*.manifest.json")):
+            manifest = read_manifest(path)
+            if manifest is None:
+                continue
+            self._check(path, manifest)
+            known.update({shard.name: (shard, manifest) for shard in manifest.shards})
+        return known
+
+    def _check(self, path: Path, manifest: SourceManifest) -> None:
+        if manifest.tokenizer_hash not in (None, tokenizer_hash(self._tokenizer)):
+            raise DataError(
+                f"{path}: these shards were made with another tokenizer (hash {manifest.tokenizer_hash}) than "
+                f"{self._tokenizer} ({tokenizer_hash(self._tokenizer)}). Set data.tokenizer to that one."
+            )
+        if manifest.max_id >= self._vocab_size:
+            raise DataError(
+                f"{path}: these shards hold token {manifest.max_id}; the model knows 0 ... {self._vocab_size - 1} "
+                "(model.vocab_size)."
+            )
+        if not self._wants_boundaries:
+            return
+        eod = token_id(self._tokenizer, self._eod_token, "data.eod_token")
+        if not manifest.eod_terminated or manifest.eod_id != eod:
+            raise DataError(
+                f"{path}: data.document_boundary=reset needs every document to end with token {eod} "
+                f"(data.eod_token={self._eod_token}); these end with {manifest.eod_id}, all of them: "
+                f"{manifest.eod_terminated}. Tokenize the source with it, or set document_boundary=none."
+            )
 
 
-def tokenizer_size(path: Path) -> int:
-    """Return the largest token id of a Hugging Face `tokenizer.json`, plus one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        vocab = content["model"]["vocab"]
-        ids = set(vocab.values()) if isinstance(vocab, dict) else set(range(len(vocab)))  # Unigram has a list
-        ids.update(token["id"] for token in content.get("added_tokens", ()))
-        return max(ids) + 1
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror} (data.path, data.tokenizer).") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no Hugging Face tokenizer.json: {error!r}.") from error
-
-
-def _open_source(name: str, paths: Sequence[Path], files: OpenFiles, vocab_size: int, seq_length: int) -> Source:
-    source = Source(name, [Shard(path, files) for path in paths], vocab_size)
+def _open_source(
+    name: str, paths: Sequence[Path], files: OpenFiles, known: _Manifests, vocab_size: int, seq_length: int
+) -> Source:
+    source = Source(name, [known.open(path, files) for path in paths], vocab_size)
     if source.num_tokens <= seq_length:
         raise DataError(
             f"Source {name!r} has {source.num_tokens} tokens in {paths[0]} and its other shards; "

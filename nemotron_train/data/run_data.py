@@ -1,12 +1,14 @@
 """Everything a run reads, opened and checked before any process group starts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from nemotron_train.config.schema import RunConfig
+from nemotron_train.config.schema import DocumentBoundary, RunConfig
 from nemotron_train.data.blend import BlendPlan
 from nemotron_train.data.loader import SampleReader
 from nemotron_train.data.open_sources import build_plan, check_epochs, open_data
 from nemotron_train.data.source import Source
+from nemotron_train.data.tokenizer_file import token_id
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,7 @@ class RunData:
     blend: BlendPlan
     reader: SampleReader
     heldout: tuple[Source | None, ...]  # in the order of data.sources; None: this source has no held-out shards
-    seq_length: int
-
-    def fingerprint(self, train_tokens: int) -> str:
-        """A hash of all samples of a run, the same on every rank that sees the same shards."""
-        seq_length = self.seq_length
-        return self.blend.past_hash(train_tokens // seq_length * seq_length)
+    eod_id: int | None  # where it cuts samples into documents; None: documents are not told apart
 
     @property
     def has_heldout(self) -> bool:
@@ -33,12 +30,15 @@ def open_run_data(config: RunConfig) -> RunData:
         ConfigError: phases, weights or epochs are impossible with these sources.
         DataError: a shard or the tokenizer is missing or damaged.
     """
+    data, tokenizer = config.data, Path(config.data.path) / config.data.tokenizer
     opened = open_data(config.data, config.model.vocab_size, config.train.seq_length)
     blend = build_plan(config.data, opened.training, config.train.seq_length, config.run.seed)
     check_epochs(blend, config.train.train_tokens, config.data.max_epochs)
+    resets = data.document_boundary is DocumentBoundary.reset
+    eod_id = token_id(tokenizer, data.eod_token, "data.eod_token") if resets else None
     return RunData(
         blend=blend,
         reader=SampleReader(blend, opened.training),
         heldout=opened.heldout,
-        seq_length=config.train.seq_length,
+        eod_id=eod_id,
     )

@@ -6,10 +6,24 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from nemotron_train.data.shard_format import HEADER_BYTES, check_documents, read_array, read_layout
+from nemotron_train.data.shard_format import (
+    HEADER_BYTES,
+    ShardLayout,
+    bin_path,
+    check_documents,
+    idx_path,
+    read_array,
+    read_layout,
+)
+from nemotron_train.data.shard_meta import PROBE_BYTES, ManifestShard, probe_hash
 from nemotron_train.errors import DataError
+
+# Larger indices are compared by size only when a shard is opened (`data_tools verify` reads them all): training does
+# not read them, and on thousands of ranks reading them would cost more than the tokens.
+COMPARED_INDEX_BYTES = 1 << 24
 
 
 class OpenFiles:
@@ -40,34 +54,51 @@ class OpenFiles:
 
 
 class Shard:
-    """One `.bin/.idx` pair whose whole index was checked when the object was made; its `.bin` is opened when read."""
+    """One `.bin/.idx` pair. A shard that a manifest lists is not touched before it is read or checked, and then
+    compared with what the manifest says; of any other the whole index is checked at once."""
 
-    def __init__(self, prefix: Path | str, files: OpenFiles | None = None) -> None:
-        """Check the shard's index.
-
-        Args:
-            prefix: path without `.bin` and `.idx`.
-            files: shared among shards that are read together, so that their open files are bounded.
+    def __init__(
+        self,
+        prefix: Path | str,
+        files: OpenFiles | None = None,
+        *,
+        facts: ManifestShard | None = None,
+        dtype: np.dtype | None = None,
+    ) -> None:
+        """Args:
+        prefix: path without `.bin` and `.idx`.
+        files: shared among shards that are read together, so that their open files are bounded.
+        facts: of the manifest; with them `dtype`, of the manifest too.
         """
-        self.layout = read_layout(prefix)
-        check_documents(self.layout)
+        self._prefix, self._facts = Path(prefix), facts
         self._files = files if files is not None else OpenFiles()
+        self.path = bin_path(prefix)
+        self._layout: ShardLayout | None = None
+        if facts is not None and dtype is not None:
+            self.num_tokens, self.dtype = facts.tokens, dtype
+        else:
+            self.num_tokens, self.dtype = self.layout.num_tokens, self.layout.dtype
 
     @property
-    def path(self) -> Path:
-        return self.layout.bin_path
+    def content_hash(self) -> str | None:
+        """Return the hash of its tokens that its manifest holds; None without a manifest."""
+        return None if self._facts is None else self._facts.bin_hash
 
     @property
-    def dtype(self) -> np.dtype:
-        return self.layout.dtype
+    def layout(self) -> ShardLayout:
+        """Where everything lies; the files are checked when this is asked for the first time.
 
-    @property
-    def num_tokens(self) -> int:
-        return self.layout.num_tokens
-
-    @property
-    def num_documents(self) -> int:
-        return max(self.layout.num_boundaries - 1, 0)
+        Raises:
+            DataError: they are damaged, or not those of the manifest.
+        """
+        if self._layout is None:
+            layout = read_layout(self._prefix)
+            if self._facts is None:
+                check_documents(layout)
+            else:
+                self._compare(layout, self._facts)
+            self._layout = layout
+        return self._layout
 
     def read(self, start_token: int, count: int) -> NDArray:
         """Return `count` tokens from `start_token` on, in the shard's dtype (read-only memory).
@@ -75,12 +106,11 @@ class Shard:
         Raises:
             DataError: the file ends before that: it was cut after it was opened, or the range is not in the shard.
         """
+        if self._layout is None:
+            _ = self.layout  # checks the files
         item = self.dtype.itemsize
         offset, wanted = start_token * item, count * item
-        try:
-            data = self._files.read(self.path, offset, wanted)
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror} while reading {wanted} bytes at byte {offset}.") from error
+        data = self._read_bytes(offset, wanted)
         if len(data) != wanted:
             raise DataError(
                 f"{self.path}: only {len(data)} of {wanted} bytes at byte {offset}. "
@@ -95,3 +125,33 @@ class Shard:
         boundaries = read_array(layout.idx_path, layout.boundaries_offset, "<i8", layout.num_boundaries)
         ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
         return ends[boundaries[1:]]
+
+    def _read_bytes(self, offset: int, count: int) -> bytes:
+        try:
+            return self._files.read(self.path, offset, count)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror} while reading {count} bytes at byte {offset}.") from error
+
+    def _compare(self, layout: ShardLayout, facts: ManifestShard) -> None:
+        index, size = idx_path(self._prefix), layout.num_tokens * layout.dtype.itemsize
+        idx_bytes = index.stat().st_size
+        for path, what, found, listed in (
+            (self.path, "tokens", layout.num_tokens, facts.tokens),
+            (self.path, "bytes", size, facts.bin_bytes),
+            (index, "bytes", idx_bytes, facts.idx_bytes),
+            (index, "dtype", layout.dtype.name, self.dtype.name),
+        ):
+            if found != listed:
+                raise DataError(f"{path}: {what} {found}, its manifest says {listed}. {_REPLACED}")
+        ends = (self._read_bytes(at, min(PROBE_BYTES, size)) for at in (0, max(0, size - PROBE_BYTES)))
+        if probe_hash(*ends) != facts.probe_hash:
+            raise DataError(
+                f"{self.path}: its first or last {PROBE_BYTES} bytes (from byte 0 or {max(0, size - PROBE_BYTES)} on) "
+                f"are not those of its manifest. {_REPLACED}"
+            )
+        if idx_bytes <= COMPARED_INDEX_BYTES and xxhash.xxh3_128(index.read_bytes()).hexdigest() != facts.idx_hash:
+            check_documents(layout)  # finds most damage, and says where it is
+            raise DataError(f"{index}: not the index of its manifest (bytes 0 to {idx_bytes} differ). {_REPLACED}")
+
+
+_REPLACED = "The shard was damaged or replaced; restore it, or tokenize the source anew."

@@ -1,11 +1,13 @@
 """What is a source? Its shards, one after the other, as one endless stream of token ids that starts again after the
 last."""
 
+import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from nemotron_train.data.shard import Shard
@@ -32,6 +34,14 @@ class Source:
     def shards(self) -> tuple[Shard, ...]:
         return self._shards
 
+    @property
+    def identity(self) -> str | None:
+        """Return a hash of all tokens, from what the manifest says of them; None if a shard is in no manifest."""
+        hashes = [shard.content_hash for shard in self._shards]
+        if None in hashes:
+            return None
+        return xxhash.xxh3_128(json.dumps(hashes).encode()).hexdigest()
+
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Return `count` tokens from position `start` on; the end of the stream is followed by its beginning.
 
@@ -42,17 +52,22 @@ class Source:
             DataError: a file is shorter than its index said, or holds a token outside 0 ... vocab_size - 1.
         """
         tokens = np.empty(count, dtype=np.int64)
-        filled, position = 0, start
-        while filled < count:
-            shard_number = bisect_right(self._ends, position)  # skips empty shards
-            at = position - (self._ends[shard_number - 1] if shard_number else 0)
-            shard = self._shards[shard_number]
-            piece = shard.read(at, min(count - filled, shard.num_tokens - at))
+        filled = 0
+        for shard, at, length in self.locate(start, count):
+            piece = shard.read(at, length)
             self._check_vocabulary(shard, at, piece)
-            tokens[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            position = (position + len(piece)) % self.num_tokens
+            tokens[filled : filled + length] = piece
+            filled += length
         return tokens
+
+    def locate(self, start: int, count: int) -> Iterator[tuple[Shard, int, int]]:
+        """Yield where `count` tokens from position `start` on lie: shard, first token there, and how many."""
+        while count:
+            number = bisect_right(self._ends, start)  # skips empty shards
+            at = start - (self._ends[number - 1] if number else 0)
+            length = min(count, self._shards[number].num_tokens - at)
+            yield self._shards[number], at, length
+            start, count = (start + length) % self.num_tokens, count - length
 
     def _check_dtypes(self) -> None:
         first = self._shards[0]

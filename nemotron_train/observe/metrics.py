@@ -35,6 +35,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("step", "steps", Reduction.same, "optimizer steps taken, this one included; one object per step"),
     Metric("consumed_tokens", "tokens", Reduction.same, "tokens trained on up to and including this step"),
     Metric("phase", "index", Reduction.same, "0-based phase of the blend that this step drew from"),
+    Metric("seq_length", "tokens", Reduction.same, "tokens of a sample of this step"),
     Metric("global_batch_size", "samples", Reduction.same, "samples of this step over all ranks"),
     Metric("loss", "nats per real token", Reduction.token_weighted, "training loss of this step, before its update"),
     Metric("loss/SOURCE", "nats per real token", Reduction.token_weighted, "`loss` of one source"),

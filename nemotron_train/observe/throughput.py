@@ -26,40 +26,37 @@ class StepSpeed:
 
 
 class StepTimer:
-    """Call `start` before a step and `finish` after it. Averages leave the first steps of the process out:
-    they pay for compilation, autotuning and memory that later ones do not."""
+    """Call `start` before a step and `finish` after it. The time left leaves the first steps of the process out: they
+    pay for compilation, autotuning and memory that later ones do not."""
 
     def __init__(
         self,
         *,
-        flops_per_token: float,
         num_ranks: int,
         train_tokens: int,
         warmup_steps: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Args:
-        flops_per_token: model FLOPs of forward and backward.
         train_tokens: where the run ends, for the time left.
         """
-        self._flops_per_token = flops_per_token
         self._num_ranks = num_ranks
         self._train_tokens = train_tokens
         self._warmup_left = warmup_steps
         self._clock = clock
         self._started: float | None = None
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)
-        self._total_tokens, self._total_seconds = 0, 0.0
 
     def start(self) -> None:
         self._started = self._clock()
 
-    def finish(self, *, step_tokens: int, consumed_tokens: int) -> StepSpeed:
+    def finish(self, *, step_tokens: int, consumed_tokens: int, flops_per_token: float) -> StepSpeed:
         """Return this step's speed. On a GPU, synchronise first: launches return before the work is done.
 
         Args:
             step_tokens: tokens of this step over all ranks.
             consumed_tokens: of the run, this step included.
+            flops_per_token: model FLOPs of forward and backward; they depend on the length of the samples.
         """
         assert self._started is not None, "finish() without start()"
         seconds = self._clock() - self._started
@@ -69,26 +66,12 @@ class StepTimer:
             recent_tokens, recent_seconds = step_tokens, seconds  # the best guess there is yet
         else:
             self._recent.append((step_tokens, seconds))
-            self._total_tokens += step_tokens
-            self._total_seconds += seconds
             recent_tokens = sum(tokens for tokens, _ in self._recent)
             recent_seconds = sum(seconds for _, seconds in self._recent)
         tokens_per_second = step_tokens / seconds / self._num_ranks
         return StepSpeed(
             step_seconds=seconds,
             tokens_per_second_per_gpu=tokens_per_second,
-            model_tflops_per_gpu=tokens_per_second * self._flops_per_token / 1e12,
+            model_tflops_per_gpu=tokens_per_second * flops_per_token / 1e12,
             seconds_left=max(self._train_tokens - consumed_tokens, 0) * recent_seconds / recent_tokens,
         )
-
-    @property
-    def average_tokens_per_second_per_gpu(self) -> float | None:
-        """Over all steps but the first; None before there is one."""
-        if not self._total_seconds:
-            return None
-        return self._total_tokens / self._total_seconds / self._num_ranks
-
-    @property
-    def average_model_tflops_per_gpu(self) -> float | None:
-        average = self.average_tokens_per_second_per_gpu
-        return None if average is None else average * self._flops_per_token / 1e12

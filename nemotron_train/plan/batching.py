@@ -4,17 +4,24 @@ The state of training is one integer, the tokens consumed so far. All of this is
 the batch schedule, never a loop over steps.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nemotron_train.config.schema import TrainSection
+from nemotron_train.config.schema import PhaseConfig, RunConfig, TrainSection
 
 
 @dataclass(frozen=True)
 class BatchSegment:
-    """From the first step that starts at or after `start_tokens` on, steps take `global_batch_size` samples."""
+    """From the first step that starts at or after `start_tokens` on, steps take `global_batch_size` samples of
+    `seq_length` tokens."""
 
     start_tokens: int
     global_batch_size: int
+    seq_length: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,6 @@ class BatchPlan:
     """Steps of a run. Segments rise in `start_tokens`, the first starts at 0."""
 
     train_tokens: int
-    seq_length: int
     micro_batch_size: int
     data_parallel_size: int
     segments: tuple[BatchSegment, ...]
@@ -37,12 +43,18 @@ class BatchPlan:
         """Return the tokens of a whole run: at most one step short of `train_tokens`."""
         return self.consumed_tokens_at(self.num_steps)
 
+    def segment_at(self, consumed_tokens: int) -> BatchSegment:
+        """Return what the step that starts after `consumed_tokens` takes."""
+        return next(s for s in reversed(self.segments) if s.start_tokens <= consumed_tokens)
+
     def global_batch_size_at(self, consumed_tokens: int) -> int:
-        """Return the samples of the step that starts after `consumed_tokens`."""
-        return next(s for s in reversed(self.segments) if s.start_tokens <= consumed_tokens).global_batch_size
+        return self.segment_at(consumed_tokens).global_batch_size
+
+    def seq_length_at(self, consumed_tokens: int) -> int:
+        return self.segment_at(consumed_tokens).seq_length
 
     def tokens_per_step_at(self, consumed_tokens: int) -> int:
-        return self.global_batch_size_at(consumed_tokens) * self.seq_length
+        return self.segment_at(consumed_tokens).tokens_per_step
 
     def num_micro_batches_at(self, consumed_tokens: int) -> int:
         """Return the micro-batches that every data-parallel rank takes in the step after `consumed_tokens`."""
@@ -52,7 +64,7 @@ class BatchPlan:
         """Return how many whole steps fit between `consumed_tokens` and `train_tokens`; 0: the run is finished."""
         steps = 0
         for segment, end in zip(self.segments, self._ends(), strict=True):
-            tokens = segment.global_batch_size * self.seq_length
+            tokens = segment.tokens_per_step
             wanted = _steps_to_pass(consumed_tokens, end, tokens)
             taken = min(wanted, max(self.train_tokens - consumed_tokens, 0) // tokens)
             steps += taken
@@ -73,11 +85,30 @@ class BatchPlan:
         """Return the tokens that the first `step` steps take (`step` is at most `num_steps`)."""
         consumed = 0
         for segment, end in zip(self.segments, self._ends(), strict=True):
-            tokens = segment.global_batch_size * self.seq_length
+            tokens = segment.tokens_per_step
             taken = min(step, _steps_to_pass(consumed, end, tokens))
             consumed += taken * tokens
             step -= taken
         return consumed
+
+    def step_at_or_after(self, tokens: int, consumed_tokens: int = 0) -> int:
+        """Return at how many consumed tokens the first step at or after `tokens` starts, from `consumed_tokens` on."""
+        following = [*(segment.start_tokens for segment in self.segments[1:]), tokens]
+        for segment, end in zip(self.segments, following, strict=True):
+            consumed_tokens += _steps_to_pass(consumed_tokens, min(end, tokens), segment.tokens_per_step) * (
+                segment.tokens_per_step
+            )
+        return consumed_tokens
+
+    def tokens_by_length(self) -> dict[int, int]:
+        """Return how many tokens of a whole run come in samples of each length."""
+        tokens: dict[int, int] = {}
+        starts = [self.step_at_or_after(segment.start_tokens) for segment in self.segments]
+        end = self.consumed_at_end
+        for segment, start, following in zip(self.segments, starts, [*starts[1:], end], strict=True):
+            taken = max(0, min(following, end) - start)
+            tokens[segment.seq_length] = tokens.get(segment.seq_length, 0) + taken
+        return tokens
 
     def _ends(self) -> list[int]:
         """Return where each segment ends: where the next one starts, or the run ends."""
@@ -89,13 +120,35 @@ def _steps_to_pass(consumed_tokens: int, end: int, tokens_per_step: int) -> int:
     return max(-(-(end - consumed_tokens) // tokens_per_step), 0)
 
 
-def plan_batches(train: TrainSection, data_parallel_size: int) -> BatchPlan:
+def plan_batches(train: TrainSection, phases: Sequence[PhaseConfig], data_parallel_size: int) -> BatchPlan:
     """Lay out the steps; `plan.rules` has proved that every batch divides among the ranks."""
-    changes = (BatchSegment(change.start_tokens, change.global_batch_size) for change in train.batch_schedule)
+    batches = {
+        0: train.global_batch_size,
+        **{step.start_tokens: step.global_batch_size for step in train.batch_schedule},
+    }
+    lengths = {0: train.seq_length, **{phase.start_tokens: phase.seq_length or train.seq_length for phase in phases}}
+    segments: list[BatchSegment] = []
+    for start in sorted(batches.keys() | lengths.keys()):
+        batch, length = _latest(batches, start), _latest(lengths, start)
+        if not segments or (segments[-1].global_batch_size, segments[-1].seq_length) != (batch, length):
+            segments.append(BatchSegment(start, batch, length))
     return BatchPlan(
         train_tokens=train.train_tokens,
-        seq_length=train.seq_length,
         micro_batch_size=train.micro_batch_size,
         data_parallel_size=data_parallel_size,
-        segments=(BatchSegment(0, train.global_batch_size), *changes),
+        segments=tuple(segments),
     )
+
+
+def _latest(values: Mapping[int, int], start: int) -> int:
+    """Return the value that was set last at or before `start`."""
+    return values[max(known for known in values if known <= start)]
+
+
+def sample_lengths(config: RunConfig) -> list[tuple[str, int]]:
+    """Return every length samples have in a run, with the key that sets it."""
+    lengths = [("train.seq_length", config.train.seq_length)]
+    for index, phase in enumerate(config.data.phases):
+        if phase.seq_length is not None:
+            lengths.append((f"data.phases[{index}].seq_length", phase.seq_length))
+    return lengths

@@ -41,12 +41,16 @@ def summarize(plan: RunPlan) -> dict[str, Any]:
         "data_parallel_size": layout.data,
         "model_chunks": [_chunk_text(plan, chunk) for chunk in plan.chunks],
         "pipeline_imbalance": _imbalance(plan),
-        "seq_length": batches.seq_length,
+        "seq_length": batches.seq_length_at(0),
         "global_batch_size": batches.global_batch_size_at(0),
         "micro_batches": batches.num_micro_batches_at(0),
         "tokens_per_step": plan.tokens_per_step,
         "batch_schedule": [
-            {"start_tokens": segment.start_tokens, "global_batch_size": segment.global_batch_size}
+            {
+                "start_tokens": segment.start_tokens,
+                "global_batch_size": segment.global_batch_size,
+                "seq_length": segment.seq_length,
+            }
             for segment in batches.segments
         ],
         "num_steps": plan.num_steps,
@@ -123,7 +127,7 @@ def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows = [
         (
             "step",
-            f"{batches.global_batch_size_at(0)} samples x {batches.seq_length:,} tokens = "
+            f"{batches.global_batch_size_at(0)} samples x {batches.seq_length_at(0):,} tokens = "
             f"{plan.tokens_per_step:,} tokens, on every rank {batches.num_micro_batches_at(0)} micro-batch(es) "
             f"of {batches.micro_batch_size}",
         )
@@ -133,7 +137,7 @@ def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(
             (
                 "",
-                f"from {start:,} tokens on: {segment.global_batch_size} samples, "
+                f"from {start:,} tokens on: {segment.global_batch_size} samples x {segment.seq_length:,} tokens, "
                 f"{batches.num_micro_batches_at(start)} micro-batches{_reached(plan, start)}",
             )
         )
@@ -158,7 +162,11 @@ def _phase_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows = []
     for index, phase in enumerate(plan.config.data.phases):
         total = sum(weight.weight for weight in phase.weights)
-        shares = ", ".join(f"{weight.source} {weight.weight / total:.1%}" for weight in phase.weights)
+        shares = ", ".join(
+            f"{weight.source} {weight.weight / total:.1%}"
+            + (f" (fim {weight.fim_rate:.0%})" if weight.fim_rate else "")
+            for weight in phase.weights
+        )
         start = f"from {phase.start_tokens:,} tokens on: " if index else ""
         rows.append(("data" if not index else "", f"{start}{shares}{_reached(plan, phase.start_tokens)}"))
     return rows

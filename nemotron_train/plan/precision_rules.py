@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from nemotron_train.config.schema import Fp8Scales, PrecisionFormat, RunConfig, StateFormat
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.nearest import nearest_multiples, next_multiple
 from nemotron_train.plan.pattern import ParsedPattern, parse_pattern
 from nemotron_train.plan.precision_map import FP8_COLUMNS_MULTIPLE, FP8_ROWS_MULTIPLE, list_gemms
@@ -58,10 +59,12 @@ def fp8_products_are_aligned(config: RunConfig, world_size: int) -> Iterator[str
     pattern, tp_size = _pattern(config), config.parallel.tensor_parallel_size
     if not config.precision.format.is_fp8 or pattern is None:
         return
-    tokens = config.train.seq_length * config.train.micro_batch_size
-    if tokens % FP8_COLUMNS_MULTIPLE:
+    for key, length in sample_lengths(config):
+        tokens = length * config.train.micro_batch_size
+        if tokens % FP8_COLUMNS_MULTIPLE == 0:
+            continue
         yield (
-            f"train.seq_length={config.train.seq_length} x train.micro_batch_size={config.train.micro_batch_size} = "
+            f"{key}={length} x train.micro_batch_size={config.train.micro_batch_size} = "
             f"{tokens} tokens cannot be multiplied in FP8, which takes multiples of {FP8_COLUMNS_MULTIPLE}. "
             f"Use {nearest_multiples(tokens, FP8_COLUMNS_MULTIPLE)} tokens."
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.config.typed import raise_if
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_divisors, nearest_multiples, next_multiple
 from nemotron_train.plan.pattern import parse_pattern
@@ -99,7 +100,7 @@ def tensor_parallel_size_divides_the_vocabulary(config: RunConfig, world_size: i
 
 
 def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
-    parallel, seq_length = config.parallel, config.train.seq_length
+    parallel = config.parallel
     if not parallel.sequence_parallel:
         return
     if parallel.tensor_parallel_size == 1:
@@ -107,9 +108,11 @@ def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int) 
             "parallel.sequence_parallel=true has no effect with parallel.tensor_parallel_size=1. "
             "Set it to false, or use 2 or more tensor-parallel ranks."
         )
-    if seq_length % parallel.tensor_parallel_size:
+    for key, seq_length in sample_lengths(config):
+        if seq_length % parallel.tensor_parallel_size == 0:
+            continue
         yield (
-            f"train.seq_length={seq_length} cannot be split over parallel.tensor_parallel_size="
+            f"{key}={seq_length} cannot be split over parallel.tensor_parallel_size="
             f"{parallel.tensor_parallel_size} ranks, as parallel.sequence_parallel=true asks. "
             f"Use {nearest_multiples(seq_length, parallel.tensor_parallel_size)} tokens."
         )

@@ -53,11 +53,18 @@ class RunPlan:
     @property
     def train_flops(self) -> int:
         """Return the model FLOPs of the whole run."""
-        return self.sizes.flops_per_token * self.batches.consumed_at_end
+        return sum(tokens * self._flops_per_token(length) for length, tokens in self.batches.tokens_by_length().items())
+
+    def flops_per_token_at(self, consumed_tokens: int) -> int:
+        """Return the model FLOPs of a token in the step after `consumed_tokens`; attention's go by sample length."""
+        return self._flops_per_token(self.batches.seq_length_at(consumed_tokens))
 
     def chunks_of(self, pp_rank: int) -> tuple[range, ...]:
         """Return the layers of a pipeline rank's model chunks, by virtual stage."""
         return self.chunks[pp_rank :: self.layout.pipeline]
+
+    def _flops_per_token(self, seq_length: int) -> int:
+        return count_model(self.config.model, self.pattern, seq_length).flops_per_token
 
     def learning_rate_at(self, consumed_tokens: int) -> float:
         """Return the rate of the step that starts after `consumed_tokens`."""
@@ -83,7 +90,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         layout=layout,
         pattern=pattern,
         chunks=cut_pipeline(pattern, _stage_costs(sizes, pattern), layout.pipeline, layout.virtual_pipeline),
-        batches=plan_batches(config.train, layout.data),
+        batches=plan_batches(config.train, config.data.phases, layout.data),
         sizes=sizes,
     )
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from nemotron_train.config.keys import near_miss
 from nemotron_train.config.schema import LrSchedule, RunConfig
+from nemotron_train.plan.batching import plan_batches
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_multiples
 
@@ -132,6 +133,38 @@ def phases_start_at_zero_and_rise(config: RunConfig, world_size: int) -> Iterato
             )
 
 
+def lengths_change_between_steps(config: RunConfig, world_size: int) -> Iterator[str]:
+    phases, train = config.data.phases, config.train
+    starts = [0, *(phase.start_tokens for phase in phases[1:])]
+    if not phases or any(after <= before for before, after in pairwise(starts)):
+        return  # reported by another rule
+    batches = plan_batches(train, phases, 1)
+    lengths = [phase.seq_length or train.seq_length for phase in phases]
+    for index, (before, after) in enumerate(pairwise(lengths), start=1):
+        start = starts[index]
+        step = batches.step_at_or_after(start)
+        if before == after or step == start:
+            continue
+        earlier = step - batches.tokens_per_step_at(start - 1)
+        yield (
+            f"data.phases[{index}].start_tokens={start} is within a step, and samples of {before} and {after} tokens "
+            f"cannot share one. Steps start at {earlier} and {step} tokens."
+        )
+
+
+def fill_in_the_middle_has_its_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
+    data = config.data
+    wanted = any(weight.fim_rate for phase in data.phases for weight in phase.weights)
+    if wanted and len(set(data.fim_tokens)) != 3:
+        yield (
+            "data.phases[].weights[].fim_rate is above 0, which takes three tokens; "
+            f"data.fim_tokens={data.fim_tokens}. Name the tokenizer's tokens before prefix, suffix and middle, or set "
+            "fim_rate to 0."
+        )
+    if not wanted and data.fim_tokens:
+        yield f"data.fim_tokens={data.fim_tokens} has no effect while every fim_rate is 0. Set it to []."
+
+
 def phases_weigh_known_sources_once(config: RunConfig, world_size: int) -> Iterator[str]:
     sources = {source.name: source for source in config.data.sources}
     for index, phase in enumerate(config.data.phases):
@@ -178,6 +211,7 @@ def names_are_not_empty(config: RunConfig, world_size: int) -> Iterator[str]:
         ("run.dir", config.run.dir),
         ("data.path", config.data.path),
         ("data.tokenizer", config.data.tokenizer),
+        ("data.eod_token", config.data.eod_token),
         ("log.wandb_project", config.log.wandb_project),
     ):
         if not value.strip():
@@ -200,6 +234,8 @@ RUN_RULES = (
     warmup_and_decay_fit_into_the_run,
     source_names_are_unique,
     phases_start_at_zero_and_rise,
+    lengths_change_between_steps,
+    fill_in_the_middle_has_its_tokens,
     phases_weigh_known_sources_once,
     every_source_is_used,
     resume_is_a_word_or_a_folder,

@@ -98,7 +98,7 @@ def test_a_batch_that_grows_on_the_way_keeps_the_stream(reader: SampleReader) ->
 
 def test_future_phases_do_not_change_past_bytes(reader: SampleReader) -> None:
     """Fails if adding a phase, which is what a longer run does, changes tokens before it."""
-    longer = make_reader(list(reader._sources), Phase(2400, S, {"code": 1.0}))
+    longer = make_reader(list(reader.sources), Phase(2400, S, {"code": 1.0}))
     short, long = (stream_bytes(which, 1, 4, lambda _: 4, 0, 400 * S) for which in (reader, longer))
     row = (S + 2) * 8
     assert short[: 300 * row] == long[: 300 * row]
@@ -147,7 +147,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer_in_its_place(
 ) -> None:
     """Fails if the consumer waits forever, or gets the error before the good batches, or only once."""
     bad = Shard(write_tokens("bad", [[*range(300), 60_000, *range(300)]], "<u2"))
-    sources = [Source("web", [bad], VOCAB), reader._sources[1]]
+    sources = [Source("web", [bad], VOCAB), reader.sources[1]]
     failing = make_reader(sources)
     good = next(sample for sample in range(99) if not _readable(failing, sample))
     with DataLoader(failing, RankShare(0, 1, 1), lambda _: 1, 0) as loader:
@@ -187,7 +187,7 @@ def test_a_batch_that_does_not_split_is_refused(reader: SampleReader) -> None:
 
 def test_a_change_of_length_within_a_micro_batch_is_refused(reader: SampleReader) -> None:
     """Fails if rows of two lengths end in an obscure error of the stacking."""
-    longer = make_reader(list(reader._sources), Phase(1600, 2 * S, {"web": 1.0}))
+    longer = make_reader(list(reader.sources), Phase(1600, 2 * S, {"web": 1.0}))
     with (
         DataLoader(longer, RankShare(0, 1, 3), lambda _: 3, 198 * S) as loader,
         pytest.raises(ConfigError, match=r"Samples 198 \.\.\. 200 have different lengths"),
@@ -200,7 +200,7 @@ def test_held_out_windows_are_the_same_whoever_reads_them(
     reader: SampleReader, dp_size: int, micro_batch_size: int
 ) -> None:
     """Fails if a window is lost, doubled or taken for padding, or ranks differ in their number of micro-batches."""
-    web, code = reader._sources
+    web, code = reader.sources
     shares = [RankShare(rank, dp_size, micro_batch_size) for rank in range(dp_size)]
     ranks = [list(heldout_batches([web, None, code], 10 * S + 3, S, share)) for share in shares]
     assert len({len(batches) for batches in ranks}) == 1

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from nemotron_train.config.schema import DataSection, PhaseConfig, SourceConfig, SourceWeight
-from nemotron_train.data.open_sources import build_plan, check_epochs, open_data, tokenizer_size
+from nemotron_train.data.open_sources import build_plan, check_epochs, open_data
+from nemotron_train.data.tokenizer_file import tokenizer_size
 from nemotron_train.errors import ConfigError, DataError, NemotronTrainError
 
 WriteShard = Callable[..., Path]

@@ -12,18 +12,19 @@ def walk(plan: BatchPlan, consumed: int = 0) -> list[tuple[int, int]]:
     """Take the steps one by one: (tokens consumed before, samples) of each."""
     steps = []
     while True:
-        samples = [s.global_batch_size for s in plan.segments if s.start_tokens <= consumed][-1]
-        if consumed + samples * plan.seq_length > plan.train_tokens:
+        segment = [s for s in plan.segments if s.start_tokens <= consumed][-1]
+        tokens = segment.global_batch_size * segment.seq_length
+        if consumed + tokens > plan.train_tokens:
             return steps
-        steps.append((consumed, samples))
-        consumed += samples * plan.seq_length
+        steps.append((consumed, tokens))
+        consumed += tokens
 
 
 def random_plan(seed: int) -> BatchPlan:
     dice = random.Random(seed)
     starts = sorted(dice.sample(range(1, 900), dice.randint(0, 3)))
-    segments = [BatchSegment(start, dice.randint(1, 9)) for start in (0, *starts)]
-    return BatchPlan(dice.randint(50, 1000), dice.randint(1, 7), 1, 1, tuple(segments))
+    segments = [BatchSegment(start, dice.randint(1, 9), dice.randint(1, 7)) for start in (0, *starts)]
+    return BatchPlan(dice.randint(70, 1000), 1, 1, tuple(segments))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -32,12 +33,19 @@ def test_closed_forms_equal_taking_the_steps(seed: int) -> None:
     plan = random_plan(seed)
     steps = walk(plan)
     assert plan.num_steps == len(steps)
-    for step, (consumed, samples) in enumerate(steps):
+    by_length: dict[int, int] = {}
+    for step, (consumed, tokens) in enumerate(steps):
         assert plan.consumed_tokens_at(step) == consumed
         assert plan.step_at(consumed) == step
         assert plan.steps_left(consumed) == len(steps) - step
-        assert plan.global_batch_size_at(consumed) == samples
-    assert plan.consumed_at_end == sum(samples for _, samples in steps) * plan.seq_length
+        assert plan.tokens_per_step_at(consumed) == tokens
+        assert plan.step_at_or_after(consumed) == consumed
+        if step:
+            assert plan.step_at_or_after(steps[step - 1][0] + 1) == consumed
+        length = plan.seq_length_at(consumed)
+        by_length[length] = by_length.get(length, 0) + tokens
+    assert plan.consumed_at_end == sum(tokens for _, tokens in steps)
+    assert {length: tokens for length, tokens in plan.tokens_by_length().items() if tokens} == by_length
     assert plan.steps_left(plan.consumed_at_end) == 0
 
 

@@ -268,6 +268,24 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         ["'prose'", "neither prefixes nor eval_prefixes"],
     ),
     (
+        "lengths_change_between_steps",
+        ["data.phases.1.seq_length=512", "data.phases.1.start_tokens=1_000_000"],
+        1,
+        ["data.phases[1].start_tokens=1000000 is within a step", "256 and 512 tokens", "999424 and 1003520"],
+    ),
+    (
+        "fill_in_the_middle_has_its_tokens",
+        ["data.phases.0.weights.0.fim_rate=0.5", "data.fim_tokens=[a, b, a]"],
+        1,
+        ["fim_rate is above 0", "data.fim_tokens=['a', 'b', 'a']"],
+    ),
+    (
+        "fill_in_the_middle_has_its_tokens",
+        ["data.fim_tokens=[a, b, c]"],
+        1,
+        ["data.fim_tokens=['a', 'b', 'c'] has no effect"],
+    ),
+    (
         "resume_is_a_word_or_a_folder",
         ["checkpoint.resume=nevr"],
         1,

@@ -1,0 +1,46 @@
+"""What has the model read, and where is it? `consumption.jsonl` in the run folder, one line a logged step.
+
+Which tokens a step takes follows from the plan of the data, so a line needs a few numbers only: the samples of the
+step, how far each source was read, and the hash of the plan's past, which is the same in every run that read the same.
+`python -m data_tools show --step N` turns a step back into text. Lines are only ever appended: a run that went back to
+a checkpoint writes its steps again, and the last line of a step counts.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron_train.data.blend import BlendPlan
+from nemotron_train.data.source import Source
+
+NAME = "consumption.jsonl"
+
+
+class ConsumptionLedger:
+    def __init__(self, run_dir: Path, blend: BlendPlan) -> None:
+        self._path = run_dir / NAME
+        self._blend = blend
+
+    def begin(self, step: int, sources: Sequence[Source]) -> None:
+        """Say which data the steps after `step` read."""
+        facts = {
+            source.name: {"tokens": source.num_tokens, "shards": len(source.shards), "content": source.identity}
+            for source in sources
+        }
+        self._append({"begins_after_step": step, "sources": facts})
+
+    def write(self, step: int, tokens_before: int, tokens_after: int) -> None:
+        """Account for a step."""
+        first, end = self._blend.sample_at(tokens_before), self._blend.sample_at(tokens_after)
+        line = {
+            "step": step,
+            "tokens": [tokens_before, tokens_after],
+            "samples": [first, end],
+            "read": {name: tokens for name, tokens in self._blend.tokens_read(end).items() if tokens},
+            "past_hash": self._blend.past_hash(tokens_after),
+        }
+        self._append(line)
+
+    def _append(self, line: dict) -> None:
+        with self._path.open("a", encoding="utf-8") as file:  # opened anew: it may be on a network that comes and goes
+            file.write(json.dumps(line) + "\n")
