@@ -27,8 +27,8 @@ from tokenizers import Tokenizer
 from data_tools.documents import TEXT_SUFFIXES, DocumentStream, find_files
 from data_tools.shard_writer import ShardWriter, TokenizedDocuments
 from data_tools.source_record import DEFAULT_SHARD_TOKENS, SourceRecord, TokenizedSource, TokenizeSettings
-from nemotron_train.data.open_sources import tokenizer_size
 from nemotron_train.data.shard_format import token_dtype
+from nemotron_train.data.tokenizer_file import tokenizer_size
 from nemotron_train.errors import ConfigError, DataError
 
 BATCH_CHARACTERS = 1 << 20  # text handed to a worker at once

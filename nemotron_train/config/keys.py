@@ -58,9 +58,8 @@ def type_text(kind: Any) -> str:
 
 
 def near_miss(name: str, candidates: Iterable[str]) -> str:
-    """Return ` Did you mean X?` for the closest candidate, or nothing; keys inside lists are no match for others."""
-    alike = [candidate for candidate in candidates if ("[" in candidate) == ("[" in name)]
-    close = difflib.get_close_matches(name, alike, n=1, cutoff=0.6)
+    """Return ` Did you mean X?` for the closest candidate, or nothing."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
 
 

@@ -123,6 +123,7 @@ def unknown_key(key: str) -> str:
     known = [info.key for info in describe_keys()]
     hint = near_miss(re.sub(r"\[\d+\]", "[]", key), known)
     same_name = [candidate for candidate in known if candidate.split(".")[-1] == key.split(".")[-1]]
+    same_name.sort(key=lambda candidate: ("[" in candidate) != ("[" in key))
     if same_name:  # right name, wrong section: train.peak for lr.peak
         hint = f" Did you mean {same_name[0]}?"
     return f"{key} is not a key of the configuration.{hint}"
