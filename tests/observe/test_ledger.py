@@ -1,0 +1,38 @@
+"""Does the ledger tell what a run has read? Oracle: the samples themselves."""
+
+import json
+from pathlib import Path
+
+from nemotron_train.data.blend import BlendPlan, Phase
+from nemotron_train.observe.ledger import NAME, ConsumptionLedger
+
+S = 16
+SOURCES = {"web": 1003, "code": 640}
+PHASES = [Phase(0, S, {"web": 0.6, "code": 0.4}), Phase(160, S, {"web": 1.0})]
+
+
+def test_lines_account_for_every_sample(tmp_path: Path) -> None:
+    """Fails if samples, tokens by source or the hash of a step are not those of its samples, or a line is lost."""
+    plan = BlendPlan(PHASES, SOURCES, seed=1)
+    ledger = ConsumptionLedger(tmp_path, plan)
+    for step in range(1, 6):
+        ledger.write(step, (step - 1) * 4 * S, step * 4 * S)
+    lines = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    read = dict.fromkeys(SOURCES, 0)
+    for step, line in enumerate(lines, start=1):
+        assert line["samples"] == [(step - 1) * 4, step * 4]
+        for sample in range(*line["samples"]):
+            read[plan.source_names[plan.locate(sample).source]] += S
+        assert line["read"] == {name: tokens for name, tokens in read.items() if tokens}
+        assert line["past_hash"] == plan.past_hash(step * 4 * S)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_goes_on_appends(tmp_path: Path) -> None:
+    """Fails if a restart of a run throws away what it had read before."""
+    plan = BlendPlan(PHASES, SOURCES, seed=1)
+    for start in (0, 1):
+        ConsumptionLedger(tmp_path, plan).begin(start, [])
+        ConsumptionLedger(tmp_path, plan).write(start + 1, start * S, (start + 1) * S)
+    lines = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    assert [line.get("step", line.get("begins_after_step")) for line in lines] == [0, 1, 1, 2]
