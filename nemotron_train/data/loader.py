@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from nemotron_train.data.batch import Batch, RankShare, build_batch
 from nemotron_train.data.blend import BlendPlan
+from nemotron_train.data.fim import FillInTheMiddle
 from nemotron_train.data.source import Source
 from nemotron_train.errors import ConfigError
-
-# Takes a window's tokens, its source's name, its first token in the source and the rate of the documents to rearrange.
-Rearrange = Callable[[NDArray[np.int64], str, int, float], NDArray[np.int64]]
 
 _POLL_SECONDS = 0.1  # how long a blocked thread takes to notice that the loader was closed
 
@@ -26,13 +24,13 @@ _POLL_SECONDS = 0.1  # how long a blocked thread takes to notice that the loader
 class SampleReader:
     """Reads sample g of the run: the plan says where it lies, the sources hold it."""
 
-    def __init__(self, plan: BlendPlan, sources: Sequence[Source], rearrange: Rearrange | None = None) -> None:
+    def __init__(self, plan: BlendPlan, sources: Sequence[Source], fim: FillInTheMiddle | None = None) -> None:
         names = tuple(source.name for source in sources)
         if names != plan.source_names:
             raise ValueError(f"plan of sources {plan.source_names} does not belong to sources {names}")
         self.plan = plan
         self.sources = tuple(sources)
-        self._rearrange = rearrange
+        self._fim = fim
 
     def read(self, sample: int) -> tuple[int, NDArray[np.int64]]:
         """Return the number of the sample's source and its seq_length + 1 tokens."""
@@ -40,8 +38,8 @@ class SampleReader:
         source = self.sources[location.source]
         pieces = [source.read(span.start, span.count) for span in location.spans]
         tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        if location.fim_rate and self._rearrange is not None:
-            tokens = self._rearrange(tokens, source.name, location.start_token, location.fim_rate)
+        if location.fim_rate and self._fim is not None:
+            tokens = self._fim.rearrange(tokens, source.name, location.start_token, location.fim_rate)
         return location.source, tokens
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nemotron_train.config.schema import DocumentBoundary, RunConfig
 from nemotron_train.data.blend import BlendPlan
+from nemotron_train.data.fim import FillInTheMiddle
 from nemotron_train.data.loader import SampleReader
 from nemotron_train.data.open_sources import build_plan, check_epochs, open_data
 from nemotron_train.data.source import Source
@@ -38,7 +39,16 @@ def open_run_data(config: RunConfig) -> RunData:
     eod_id = token_id(tokenizer, data.eod_token, "data.eod_token") if resets else None
     return RunData(
         blend=blend,
-        reader=SampleReader(blend, opened.training),
+        reader=SampleReader(blend, opened.training, _fill_in_the_middle(config)),
         heldout=opened.heldout,
         eod_id=eod_id,
     )
+
+
+def _fill_in_the_middle(config: RunConfig) -> FillInTheMiddle | None:
+    data, tokenizer = config.data, Path(config.data.path) / config.data.tokenizer
+    if not data.fim_tokens:
+        return None
+    prefix, suffix, middle = (token_id(tokenizer, token, "data.fim_tokens") for token in data.fim_tokens)
+    eod = token_id(tokenizer, data.eod_token, "data.eod_token")
+    return FillInTheMiddle(eod, prefix, suffix, middle, data.fim_spm_rate, config.run.seed)

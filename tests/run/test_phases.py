@@ -93,6 +93,24 @@ def test_a_batch_that_reaches_over_a_change_of_length_is_refused_on_resume(
         ranks.run(train, 1, larger)
 
 
+def test_fill_in_the_middle_survives_a_stop(
+    ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]
+) -> None:
+    """Fails if the rates of a phase do nothing, or the documents that are rearranged depend on where a run resumed."""
+    curves = []
+    for name, stops in (("straight", [None]), ("stopped", [5, None])):
+        config = phased(corpus, tmp_path / name)
+        weights = [SourceWeight("a", 0.6, fim_rate=0.5), SourceWeight("b", 0.4)]
+        phases = [config.data.phases[0], replace(config.data.phases[1], weights=weights), config.data.phases[2]]
+        data = replace(config.data, phases=phases, fim_tokens=["91", "92", "93"], eod_token="94")
+        for stop in stops:
+            ranks.run(train, 1, replace(config, data=data), stop)
+        curves.append(losses(tmp_path / name))
+    assert curves[0] == curves[1]
+    assert curves[0][:4] == straight[:4]
+    assert curves[0][4] != straight[4]
+
+
 def test_documents_told_apart_change_the_run_alike_under_every_layout(
     ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]
 ) -> None:
