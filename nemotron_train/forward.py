@@ -28,5 +28,5 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, LossReport]]
 def forward_step(batches: Iterator[Batch], chunk: nn.Module, *, num_sources: int) -> tuple[Tensor, LossFunction]:
     """Run the next micro-batch through `chunk`. Bind `num_sources` before handing this to a schedule."""
     batch = next(batches)
-    output = chunk(batch.tokens_BS, batch.labels_BS)
+    output = chunk(batch.tokens_BS, batch.labels_BS, batch.document_BS)
     return output, partial(sum_losses, batch=batch, num_sources=num_sources)

@@ -1,12 +1,12 @@
-"""How does a model learn to fill in the middle? Some documents are cut in three and rearranged, so that the middle comes
-last.
+"""How does a model learn to fill in the middle? Some documents are cut in three and rearranged, so that the middle
+comes last.
 
     prefix first (PSM):  <prefix> prefix <suffix> suffix <middle> middle
     suffix first (SPM):  <prefix> <suffix> suffix <middle> prefix middle
 
-Source: arXiv 2207.14255, section 3 (SPM in its second variant, which shares its start with PSM). Each part of a document
-within a sample is rearranged on its own. What happens to it follows from the seed and from where it lies in its source
-alone, so neither the order of reading nor a resume can change it.
+Source: arXiv 2207.14255, section 3 (SPM in its second variant, which shares its start with PSM). Each part of a
+document within a sample is rearranged on its own. What happens to it follows from the seed and from where it lies in
+its source alone, so neither the order of reading nor a resume can change it.
 """
 
 from collections.abc import Iterator

@@ -73,7 +73,7 @@ def transformer_engine_parts(plan: RunPlan) -> LayerParts:
         norm=te_layers.rms_norm,
         norm_column_linear=te_layers.TELayerNormColumnParallelLinear,
         row_linear=te_layers.TERowParallelLinear,
-        core_attention=te_layers.TEDotProductAttention,
+        core_attention=te_layers.DotProductAttention,
         output_linear=te_layers.output_linear,
         checkpoint=te_layers.checkpoint,
         precision=precision,

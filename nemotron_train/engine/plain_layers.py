@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.rms_norm import rms_norm
 
 # Shapes: S sequence, B micro-batch, D hidden, H heads, G query groups, P head dim; lower case: this rank's share.
@@ -64,8 +65,21 @@ class CausalAttention(nn.Module):
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__()
 
-    def forward(self, query_SBhP: Tensor, key_SBgP: Tensor, value_SBgP: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the heads side by side, [S, B, h * P]."""
+    def forward(
+        self,
+        query_SBhP: Tensor,
+        key_SBgP: Tensor,
+        value_SBgP: Tensor,
+        *args: Any,
+        packed_seq_params: Documents | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Returns the heads side by side, [S, B, h * P]; with documents, of each by itself."""
+        if packed_seq_params is None:
+            return self._attend(query_SBhP, key_SBgP, value_SBgP)
+        return packed_seq_params.run_each(self._attend, query_SBhP, key_SBgP, value_SBgP)
+
+    def _attend(self, query_SBhP: Tensor, key_SBgP: Tensor, value_SBgP: Tensor) -> Tensor:
         seq, batch, heads, head_dim = query_SBhP.shape
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query_SBhP, key_SBgP, value_SBgP))
         out_BhSP = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -16,12 +16,42 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
     te_checkpoint,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nemotron_train.ops.documents import Documents
 from nemotron_train.precision.recipe import Fp8Recipe
 from nemotron_train.precision.te_recipe import te_recipe
+
+
+class DotProductAttention(TEDotProductAttention):
+    """Attention over each sample, or over each of its documents."""
+
+    def forward(
+        self,
+        query_SBhP: Tensor,
+        key_SBgP: Tensor,
+        value_SBgP: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Documents | None = None,
+    ) -> Tensor:
+        """Returns the heads side by side, [S, B, h * P]."""
+        if packed_seq_params is None:
+            return super().forward(query_SBhP, key_SBgP, value_SBgP, attention_mask, attn_mask_type, attention_bias)
+        seq, batch = query_SBhP.shape[:2]
+        starts = packed_seq_params.cu_seqlens
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=seq, max_seqlen_kv=seq
+        )
+        # Samples one after the other, as their documents are counted.
+        q, k, v = (t.transpose(0, 1).flatten(0, 1).contiguous() for t in (query_SBhP, key_SBgP, value_SBgP))
+        out = super().forward(q, k, v, attention_mask, attn_mask_type, attention_bias, packed)
+        return out.view(batch, seq, -1).transpose(0, 1).contiguous()
 
 
 def rms_norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
@@ -55,7 +85,7 @@ def output_linear(config: TransformerConfig, vocab_size: int, group: Any) -> nn.
 
 
 __all__ = [
-    "TEDotProductAttention",
+    "DotProductAttention",
     "TELayerNormColumnParallelLinear",
     "TERowParallelLinear",
     "checkpoint",

@@ -19,6 +19,7 @@ from nemotron_train.config.schema import Recompute, RunConfig
 from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.engine.plain_layers import tied_output_linear
 from nemotron_train.model.layers import build_layer
+from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.plan.pattern import LayerKind
 
@@ -83,17 +84,17 @@ class HybridStack(MegatronModule):
         )
         self.final_norm = parts.norm(config, config.hidden_size) if place.is_last else None
 
-    def forward(self, x_sBD: Tensor) -> Tensor:
+    def forward(self, x_sBD: Tensor, documents: Documents | None = None) -> Tensor:
         recompute = self.recompute_layers and self.training and torch.is_grad_enabled()
         with self.parts.precision.stack(self.groups.tp_dp_cp):
             for number, layer in self.layers.numbered():
-                run = partial(self._run_layer, number, layer)
+                run = partial(self._run_layer, number, layer, documents)
                 x_sBD = self.parts.checkpoint(run, x_sBD, self.groups.tp) if recompute else run(x_sBD)
         return self.final_norm(x_sBD) if self.final_norm is not None else x_sBD
 
-    def _run_layer(self, number: int, layer: nn.Module, x_sBD: Tensor) -> Tensor:
+    def _run_layer(self, number: int, layer: nn.Module, documents: Documents | None, x_sBD: Tensor) -> Tensor:
         with self.parts.precision.layer(number, self.groups.tp_dp_cp):
-            return layer(x_sBD)
+            return layer(x_sBD, documents)
 
 
 class HybridModel(LanguageModule):
@@ -150,12 +151,13 @@ class HybridModel(LanguageModule):
         """Take the previous chunk's output; called by the pipeline schedule before each forward pass."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, document_BS: Tensor | None = None) -> Tensor:
         """Run the chunk.
 
         Args:
             tokens_BS: token ids; only the first chunk reads them.
             labels_BS: next-token ids for the last chunk; without them it returns logits.
+            document_BS: number of each token's document within its sample; with it no layer looks across documents.
 
         Returns:
             the hidden state x_sBD for the next chunk; from the last chunk loss_BS in nats per token (float32), or
@@ -166,7 +168,7 @@ class HybridModel(LanguageModule):
         else:
             assert self.input_tensor is not None, "the pipeline schedule sets the input of later chunks"
             x_sBD = self.input_tensor
-        x_sBD = self.decoder(x_sBD)
+        x_sBD = self.decoder(x_sBD, None if document_BS is None else Documents(document_BS))
         if not self.post_process:
             return x_sBD
         tied = self.share_embeddings_and_output_weights

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.model.mamba2_mixer import Mamba2Mixer
+from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.plan.pattern import LayerKind
 
@@ -30,8 +31,8 @@ class MambaLayer(MegatronModule):
         super().__init__(config)
         self.mixer = Mamba2Mixer(config, model, parts, operations, groups)
 
-    def forward(self, x_sBD: Tensor) -> Tensor:
-        return x_sBD + self.mixer(x_sBD)
+    def forward(self, x_sBD: Tensor, documents: Documents | None = None) -> Tensor:
+        return x_sBD + self.mixer(x_sBD, documents)
 
 
 class AttentionLayer(MegatronModule):
@@ -46,8 +47,8 @@ class AttentionLayer(MegatronModule):
             config, submodules, layer_number, attn_mask_type=AttnMaskType.causal, pg_collection=groups
         )
 
-    def forward(self, x_sBD: Tensor) -> Tensor:
-        out_sBD, _ = self.self_attention(x_sBD, attention_mask=None)
+    def forward(self, x_sBD: Tensor, documents: Documents | None = None) -> Tensor:
+        out_sBD, _ = self.self_attention(x_sBD, attention_mask=None, packed_seq_params=documents)
         return x_sBD + out_sBD
 
 
@@ -57,8 +58,8 @@ class MlpLayer(MegatronModule):
         submodules = MLPSubmodules(linear_fc1=parts.norm_column_linear, linear_fc2=parts.row_linear)
         self.mlp = MLP(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp)
 
-    def forward(self, x_sBD: Tensor) -> Tensor:
-        out_sBD, _ = self.mlp(x_sBD)
+    def forward(self, x_sBD: Tensor, documents: Documents | None = None) -> Tensor:
+        out_sBD, _ = self.mlp(x_sBD)  # takes each token by itself
         return x_sBD + out_sBD
 
 

@@ -4,6 +4,7 @@ Source: Mamba-2, arXiv 2405.21060; parameter names and packing as in Megatron-Co
 `model/reference/mamba2_mixer.py` is the same mathematics in full, on one device. The arithmetic itself is in `ops/`.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from nemotron_train.config.schema import ModelSection
 from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.model.names import part_rows
 from nemotron_train.model.sharding import shard_packed, sharded_parameters
+from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 
@@ -85,16 +87,16 @@ class Mamba2Mixer(MegatronModule):
         self.A_log = parameter(sizes.heads, dtype=torch.float32)
         self.D = parameter(sizes.heads, dtype=torch.float32)
 
-    def forward(self, hidden_sBD: Tensor) -> Tensor:
+    def forward(self, hidden_sBD: Tensor, documents: Documents | None = None) -> Tensor:
         zxBCdt_SBf, _ = self.in_proj(hidden_sBD)
         if self.config.recompute_granularity == "selective" and self.training:
-            y_SBi = tensor_parallel.checkpoint(self._mix, False, zxBCdt_SBf)
+            y_SBi = tensor_parallel.checkpoint(partial(self._mix, documents), False, zxBCdt_SBf)
         else:
-            y_SBi = self._mix(zxBCdt_SBf)
+            y_SBi = self._mix(documents, zxBCdt_SBf)
         out_sBD, _ = self.out_proj(y_SBi)
         return out_sBD
 
-    def _mix(self, zxBCdt_SBf: Tensor) -> Tensor:
+    def _mix(self, documents: Documents | None, zxBCdt_SBf: Tensor) -> Tensor:
         """Convolution, scan and gated norm between the two projections: [S, B, f] -> [S, B, i]."""
         weights = CoreWeights(
             conv_CK=self.conv1d.weight.squeeze(1),
@@ -104,7 +106,7 @@ class Mamba2Mixer(MegatronModule):
             D_H=self.D,
             norm_I=self.norm.weight,
         )
-        return self.operations.mamba_core(zxBCdt_SBf, weights, self.sizes)
+        return self.operations.mamba_core(zxBCdt_SBf, weights, self.sizes, documents)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint layout of Megatron-Core: packed rows are stored in parts, for any tensor-parallel size to read."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from nemotron_train.errors import ConfigError
 from nemotron_train.ops.causal_conv import causal_conv_silu
 from nemotron_train.ops.cross_entropy import cross_entropy
+from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.gated_norm import gated_rms_norm
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes, mamba_core
 from nemotron_train.ops.squared_relu import squared_relu
@@ -23,7 +24,7 @@ class Operations:
     ssd: Callable[..., Tensor]
     causal_conv_silu: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_rms_norm: Callable[..., Tensor]
-    mamba_core: Callable[[Tensor, CoreWeights, MixerSizes], Tensor]
+    mamba_core: Callable[[Tensor, CoreWeights, MixerSizes, Documents | None], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
     cross_entropy: Callable[..., Tensor]
 

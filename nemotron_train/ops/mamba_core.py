@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemotron_train.ops.causal_conv import convolution_gradients, convolve
+from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.gated_norm import gate_and_normalise, gated_norm_gradients
 from nemotron_train.ops.ssd import Kept, ScanTensors, scan, scan_gradients
 
@@ -52,12 +53,17 @@ class CoreWeights(NamedTuple):
     norm_I: Tensor
 
 
-def mamba_core(zxBCdt_SBf: Tensor, weights: CoreWeights, sizes: MixerSizes) -> Tensor:
+def mamba_core(
+    zxBCdt_SBf: Tensor, weights: CoreWeights, sizes: MixerSizes, documents: Documents | None = None
+) -> Tensor:
     """Return norm(scan(silu(conv(xBC)), softplus(dt + bias)), gated by z) (S B I) in the projection's dtype.
 
-    Between the operations all is float32 (float64 for float64 inputs).
+    Between the operations all is float32 (float64 for float64 inputs). With `documents`, convolution and scan begin
+    anew with each of them.
     """
-    return _MambaCore.apply(zxBCdt_SBf, *weights, sizes)
+    if documents is None:
+        return _MambaCore.apply(zxBCdt_SBf, *weights, sizes)
+    return documents.run_each(lambda part_SBf: _MambaCore.apply(part_SBf, *weights, sizes), zxBCdt_SBf)
 
 
 class _MambaCore(torch.autograd.Function):

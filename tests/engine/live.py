@@ -62,7 +62,7 @@ def micro_batches(samples: Batch, size: int, dp_rank: int = 0, dp_size: int = 1)
     """A data-parallel rank's contiguous share of the samples, cut into micro-batches."""
     each = len(samples.source_B) // dp_size
     return [
-        Batch(*(field[start : start + size] for field in vars(samples).values()))
+        Batch(*(field if field is None else field[start : start + size] for field in vars(samples).values()))
         for start in range(dp_rank * each, (dp_rank + 1) * each, size)
     ]
 

@@ -1,0 +1,54 @@
+"""Where do the documents of a micro-batch begin and end, for operations that must not look across?
+
+Kernels take document numbers or cumulative lengths. In plain torch an operation runs on one document after the other:
+nothing of one can reach another, not even as a zero times infinity.
+
+Shapes: S sequence, B micro-batch.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+class Documents:
+    """The documents of a micro-batch. Handed through Megatron-Core's attention as its `packed_seq_params`."""
+
+    # Megatron-Core itself takes apart only what is packed as "thd" and passes everything else on to the core attention.
+    qkv_format = "sbhd"
+
+    def __init__(self, number_BS: Tensor) -> None:
+        """Args:
+        number_BS: int32, number of each token's document within its sample; rising along S.
+        """
+        self.number_BS = number_BS.contiguous()
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Return the starts of all documents, sample after sample, and the number of tokens: int32, on the device."""
+        begins_BS = torch.ones_like(self.number_BS, dtype=torch.bool)
+        begins_BS[:, 1:] = self.number_BS[:, 1:] != self.number_BS[:, :-1]
+        starts = begins_BS.flatten().nonzero().flatten()
+        return torch.cat((starts, starts.new_tensor([begins_BS.numel()]))).int()
+
+    @cached_property
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """Return the start and end of every document, for each sample."""
+        rows, length = self.number_BS.shape
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+        bounds = self.cu_seqlens.tolist()
+        for start, end in pairwise(bounds):
+            row = start // length
+            spans[row].append((start - row * length, end - row * length))
+        return spans
+
+    def run_each(self, operation: Callable[..., Tensor], *tensors_SB: Tensor) -> Tensor:
+        """Run an operation on each document and put the results, (S B ...) like the arguments, together."""
+        rows = [
+            torch.cat([operation(*(t[start:end, row : row + 1] for t in tensors_SB)) for start, end in spans])
+            for row, spans in enumerate(self.spans)
+        ]
+        return torch.cat(rows, dim=1)
