@@ -59,6 +59,7 @@ def build_batch(
     document_BS = None
     if eod_id is not None:
         ends_BS = rows_BS[:, :-1] == eod_id
+        ends_BS[len(windows) :] = False  # a row without a window is one document, whatever token fills it
         document_BS = (ends_BS.cumsum(1) - ends_BS.int()).int()
         mask_BS[ends_BS] = 0.0
     return Batch(

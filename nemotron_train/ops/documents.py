@@ -35,20 +35,19 @@ class Documents:
         return torch.cat((starts, starts.new_tensor([begins_BS.numel()]))).int()
 
     @cached_property
-    def spans(self) -> list[list[tuple[int, int]]]:
-        """Return the start and end of every document, for each sample."""
-        rows, length = self.number_BS.shape
-        spans: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-        bounds = self.cu_seqlens.tolist()
-        for start, end in pairwise(bounds):
-            row = start // length
-            spans[row].append((start - row * length, end - row * length))
-        return spans
+    def lengths(self) -> list[list[int]]:
+        """Return the tokens of every document, for each sample."""
+        rows, seq_length = self.number_BS.shape
+        lengths: list[list[int]] = [[] for _ in range(rows)]
+        for start, end in pairwise(self.cu_seqlens.tolist()):
+            lengths[start // seq_length].append(end - start)
+        return lengths
 
     def run_each(self, operation: Callable[..., Tensor], *tensors_SB: Tensor) -> Tensor:
         """Run an operation on each document and put the results, (S B ...) like the arguments, together."""
-        rows = [
-            torch.cat([operation(*(t[start:end, row : row + 1] for t in tensors_SB)) for start, end in spans])
-            for row, spans in enumerate(self.spans)
-        ]
+        rows = []
+        # Split, not sliced: the gradient of a slice is as large as the whole, once for every document.
+        for lengths, *row in zip(self.lengths, *(t.split(1, dim=1) for t in tensors_SB), strict=True):
+            documents = zip(*(t.split(lengths) for t in row), strict=True)
+            rows.append(torch.cat([operation(*parts) for parts in documents]))
         return torch.cat(rows, dim=1)

@@ -107,5 +107,5 @@ def reference_loss(reference: HybridModel, samples: Batch) -> torch.Tensor:
 
 
 def reference_nats(reference: HybridModel, samples: Batch) -> torch.Tensor:
-    logits_BSV = reference(samples.tokens_BS)
+    logits_BSV = reference(samples.tokens_BS, samples.document_BS)
     return torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), samples.labels_BS, reduction="none")

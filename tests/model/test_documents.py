@@ -1,7 +1,6 @@
-"""Is every document of a sample on its own, when it is asked to be? Oracle: the definition of the model, run on one
-document after the other."""
+"""Is every document of a sample on its own, when it is asked to be? The oracle is the definition of the model,
+which runs on one document after the other."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from nemotron_train.config.schema import Recompute, RunConfig
 from nemotron_train.data.batch import Batch, build_batch
-from nemotron_train.model.reference.hybrid_model import HybridModel
-from nemotron_train.ops.documents import Documents
 from nemotron_train.step import run_all
 from tests.engine.live import (
     Arrays,
     gradients_of,
     live_run,
     micro_batches,
+    reference_loss,
     reference_with,
     to_array,
     weights_of,
@@ -48,30 +45,11 @@ def config_with(parallel: dict[str, Any], **sections: dict[str, Any]) -> RunConf
     return small_config(Path("unused"), Path("unused"), model=model, parallel=parallel, **sections)
 
 
-def gradients_through_the_schedule(config: RunConfig) -> tuple[Arrays, Arrays]:
+def trained_through_the_schedule(config: RunConfig) -> tuple[Arrays, Arrays, float]:
+    """This rank's weights, gradients, and nats of one global batch in micro-batches of 2 (0 but on the last stage)."""
     with live_run(config) as run:
-        run_all(run, micro_batches(samples(config), 2), forward_only=False)
-        return weights_of(run), gradients_of(run)
-
-
-def documents(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the tokens and labels of every document; the label of the last token is another document's first."""
-    for tokens, labels, mask in zip(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, strict=True):
-        start = 0
-        for end in [*(tokens == EOD).nonzero().flatten().tolist(), SEQ - 1]:
-            if start <= end:
-                own = labels[start : end + 1].clone()
-                own[mask[start : end + 1] == 0] = -100  # not counted
-                yield tokens[start : end + 1], own
-            start = end + 1
-
-
-def loss_document_by_document(reference: HybridModel, batch: Batch) -> torch.Tensor:
-    nats = [
-        functional.cross_entropy(reference(tokens[None])[0], labels, reduction="sum", ignore_index=-100)
-        for tokens, labels in documents(batch)
-    ]
-    return torch.stack(nats).sum() / batch.loss_mask_BS.sum()
+        reports = run_all(run, micro_batches(samples(config), 2), forward_only=False)
+        return weights_of(run), gradients_of(run), sum(float(report.nats_K.sum()) for report in reports)
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -84,21 +62,39 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_are_those_of_documents_on_their_own(ranks: RankPool, layout: str) -> None:
+def test_losses_and_gradients_are_those_of_documents_on_their_own(ranks: RankPool, layout: str) -> None:
     """Fails if attention, convolution or scan look across an end, or a layout or recomputation forgets the ends."""
     world_size, parallel, sections = LAYOUTS[layout]
     config = config_with(parallel, **sections)
-    returned = ranks.run(gradients_through_the_schedule, world_size, config)
+    returned = ranks.run(trained_through_the_schedule, world_size, config)
     tp_size = config.parallel.tensor_parallel_size
-    weights = join_ranks([weights for weights, _ in returned], tp_size, config.model)
-    gradients = join_ranks([gradients for _, gradients in returned], tp_size, config.model)
-    reference = reference_with(weights, config.model)
-    loss_document_by_document(reference, samples(config)).backward()
+    weights = join_ranks([weights for weights, _, _ in returned], tp_size, config.model)
+    gradients = join_ranks([gradients for _, gradients, _ in returned], tp_size, config.model)
+    reference, batch = reference_with(weights, config.model), samples(config)
+    loss = reference_loss(reference, batch)
+    loss.backward()
+    assert returned[-1][2] == pytest.approx(float(loss.detach() * batch.loss_mask_BS.sum()), rel=1e-5)
     wrong = {}
     for name, parameter in reference.named_parameters():
         expected = to_array(parameter.grad)
         wrong[name] = float(np.linalg.norm(gradients[name] - expected) / np.linalg.norm(expected))
     assert {name: difference for name, difference in wrong.items() if not difference <= 1e-3} == {}
+
+
+def gradients_of_whole_samples(told_apart: bool) -> Arrays:
+    config = config_with({}, train={"micro_batch_size": 1})
+    batch = samples(config)
+    whole = replace(batch, document_BS=torch.zeros_like(batch.document_BS) if told_apart else None)
+    with live_run(config) as run:
+        run_all(run, micro_batches(whole, 1), forward_only=False)
+        return gradients_of(run)
+
+
+def test_a_sample_of_one_document_has_the_bits_of_a_sample_without_boundaries(ranks: RankPool) -> None:
+    """Fails if telling documents apart costs more than it must, or does anything where there is nothing to tell."""
+    apart, together = (ranks.run(gradients_of_whole_samples, 1, told_apart)[0] for told_apart in (True, False))
+    for name, expected in together.items():
+        np.testing.assert_array_equal(apart[name], expected, err_msg=name)
 
 
 def embedding_gradients_of_one_document(told_apart: bool, pattern: str) -> Arrays:
@@ -129,21 +125,3 @@ def test_no_gradient_reaches_another_document(ranks: RankPool, pattern: str) -> 
     assert np.abs(apart[:11]).max() == 0.0
     assert np.abs(apart[20:]).max() == 0.0
     assert np.abs(together[:11]).max() > 0
-
-
-def test_documents_know_their_bounds() -> None:
-    """Fails if a sample's first document continues the one before it, or bounds are off by one."""
-    found = Documents(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 3], [0, 0, 0, 0, 0]], dtype=torch.int32))
-    assert found.cu_seqlens.tolist() == [0, 2, 5, 6, 7, 9, 10, 15]
-    assert found.spans == [[(0, 2), (2, 5)], [(0, 1), (1, 2), (2, 4), (4, 5)], [(0, 5)]]
-    assert found.cu_seqlens.dtype is torch.int32
-
-
-def test_batches_number_documents_and_mask_what_would_tie_them_together() -> None:
-    """Fails if the token that ends a document is counted to the next, or predicts the next document's first token."""
-    window = np.array([7, EOD, 8, 9, EOD, EOD, 5])
-    batch = build_batch([window], [0], 2, 6, eod_id=EOD)
-    assert batch.document_BS is not None
-    assert batch.document_BS.tolist()[0] == [0, 0, 1, 1, 1, 2]
-    assert batch.loss_mask_BS.tolist() == [[1, 0, 1, 1, 0, 0], [0] * 6]
-    assert build_batch([window], [0], 2, 6).document_BS is None

@@ -5,6 +5,7 @@ Parameter names and shapes are those of Megatron-Core 0.16's hybrid model with T
 Shapes: B micro-batch, S sequence, D hidden, V vocabulary.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,11 +33,23 @@ class HybridModel(nn.Module):
         if not sizes.tied_embeddings:
             self.output_layer = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Return the logits of the next token, (B S V)."""
+    def forward(self, tokens_BS: Tensor, document_BS: Tensor | None = None) -> Tensor:
+        """Return the logits of the next token, (B S V).
+
+        Args:
+            document_BS: number of each token's document within its sample, rising along S; with it the model runs on
+                every document as on a sample of its own.
+        """
+        if document_BS is not None:
+            rows = [self._each_document(*row) for row in zip(tokens_BS, document_BS, strict=True)]
+            return torch.stack(rows)
         embeddings: Tensor = self.embedding.word_embeddings.weight
         x_BSD = self.decoder(functional.embedding(tokens_BS, embeddings))
         return functional.linear(x_BSD, embeddings if self.output_layer is None else self.output_layer.weight)
+
+    def _each_document(self, tokens_S: Tensor, document_S: Tensor) -> Tensor:
+        documents = [tokens_S[document_S == number] for number in document_S.unique()]
+        return torch.cat([self(tokens[None])[0] for tokens in documents])
 
     def loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy over all tokens, in nats."""

@@ -171,3 +171,15 @@ def test_no_logit_depends_on_a_later_token() -> None:
     before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.equal(before[:, 7:], after[:, 7:])
+
+
+def test_documents_are_samples_of_their_own() -> None:
+    """Fails if the definition mixes documents, or puts their logits in another place."""
+    torch.manual_seed(0)
+    sizes = small_sizes("M-*")
+    model, tokens_BS = reference_model(sizes), torch.randint(sizes.vocab_size, (2, 9))
+    number_BS = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2, 2], [0] * 9])
+    logits = model(tokens_BS, number_BS)
+    for row, start, end in ((0, 0, 4), (0, 4, 5), (0, 5, 9), (1, 0, 9)):
+        torch.testing.assert_close(logits[row, start:end], model(tokens_BS[row : row + 1, start:end])[0])
+    assert (logits - model(tokens_BS)).abs().max() > 1e-3
