@@ -169,7 +169,7 @@ def megatron_reading(folder: Path, prefixes: list[Path], count: int, boundaries:
     class Tokenizer:
         """What the data sets ask of one, where ids are made without text."""
 
-        eod, pad, vocab_size, unique_identifiers = EOD, 0, VOCAB, {"class": "none"}  # noqa: RUF012
+        eod, pad, vocab_size, unique_identifiers = EOD, 0, VOCAB, {"class": "none"}
 
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -7,17 +7,19 @@ sequence. Nothing is held beyond one line, one text file or one Parquet batch.
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import orjson
 import pyarrow.parquet as parquet
 import zstandard
 
 from nemotron_train.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst")
+JSONL_SUFFIXES = (".jsonl", *COMPRESSED_SUFFIXES)
 PARQUET_SUFFIX = ".parquet"
 PARQUET_BATCH_ROWS = 1024
 READ_BYTES = 1 << 17
@@ -43,6 +45,14 @@ def find_files(inputs: Sequence[Path], text_suffixes: Sequence[str]) -> list[Pat
     return files
 
 
+class Document(NamedTuple):
+    text: str
+    place: str  # in its file, for messages
+
+
+Where = Sequence[tuple[str, str, bool]]
+
+
 class DocumentStream:
     """Iterates over the texts of files; `bytes_read` says how far it is in the files as they lie on disk."""
 
@@ -50,48 +60,92 @@ class DocumentStream:
         self.total_bytes = sum(file.stat().st_size for file in files)
         self._files = files
         self._text_key = text_key
-        self._finished_bytes = 0
-        self._current: BinaryIO | None = None
-
-    @property
-    def bytes_read(self) -> int:
-        at = self._current.tell() if self._current is not None and not self._current.closed else 0
-        return self._finished_bytes + at
+        self.bytes_read = 0
 
     def __iter__(self) -> Iterator[str]:
         for path in self._files:
-            with path.open("rb") as self._current:
-                yield from _reader_of(path)(path, self._current, self._text_key)
-            self._finished_bytes += path.stat().st_size
+            for document in read_documents(path, self._text_key, ()):
+                yield document.text
+            self.bytes_read += path.stat().st_size
 
 
-def _reader_of(path: Path) -> Callable[[Path, BinaryIO, str], Iterator[str]]:
-    if path.name.endswith(JSONL_SUFFIXES):
-        return _read_jsonl
-    return _read_parquet if path.name.endswith(PARQUET_SUFFIX) else _read_text
+def read_documents(
+    path: Path, text_key: str, where: Where, start: int = 0, end: int | None = None
+) -> Iterator[Document]:
+    """Read the documents of a file.
 
+    Args:
+        where: (key, value, wanted): keep documents of JSONL and Parquet whose key has that value, or has not.
+        start, end: of a JSONL file, the bytes in which lines begin; of a Parquet file, the row groups.
 
-def _read_text(path: Path, file: BinaryIO, text_key: str) -> Iterator[str]:
+    Raises:
+        DataError: names the file, and the line or place where it is damaged or lacks the key.
+    """
     try:
-        yield file.read().decode("utf-8")
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}.") from error
+    with file:
+        if path.name.endswith(JSONL_SUFFIXES):
+            yield from _read_jsonl(path, file, text_key, where, start, end)
+        elif path.name.endswith(PARQUET_SUFFIX):
+            yield from _read_parquet(path, file, text_key, where, start, end)
+        else:
+            yield from _read_text(path, file)
+
+
+def _read_text(path: Path, file: BinaryIO) -> Iterator[Document]:
+    try:
+        yield Document(file.read().decode("utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: no UTF-8 at byte {error.start}. Convert the file or leave it out.") from error
 
 
-def _read_jsonl(path: Path, file: BinaryIO, text_key: str) -> Iterator[str]:
-    number, line = 0, b""
+def _read_jsonl(
+    path: Path, file: BinaryIO, text_key: str, where: Where, start: int, end: int | None
+) -> Iterator[Document]:
+    record: Mapping[str, Any] = {}
+    number, place = 0, "line 0"
     try:
-        for line in _lines(path, file):
-            number += 1
+        for number, (at, line) in enumerate(_lines_from(path, file, start, end), start=1):
+            place = f"line {number}" if start == 0 else f"the line at byte {at}"
             if line.strip():
-                yield _valid_text(json.loads(line)[text_key])
+                record = _parse(line)
+                text = record[text_key]
+                if _is_wanted(record, where):
+                    yield Document(_valid_text(text), f"{path}, {place}")
     except KeyError as error:
-        keys = ", ".join(json.loads(line))
-        raise DataError(f"{path}, line {number}: no key {text_key!r}; it has {keys} (--text-key).") from error
+        wanted = error.args[0]
+        option = "--text-key" if wanted == text_key else "--where"
+        raise DataError(f"{path}, {place}: no key {wanted!r}; it has {', '.join(record)} ({option}).") from error
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}, line {number}: no JSON object with a text under {text_key!r}: {error}") from error
+        raise DataError(f"{path}, {place}: no JSON object with a text under {text_key!r}: {error}") from error
     except (OSError, EOFError, zstandard.ZstdError) as error:
         raise DataError(f"{path}, after line {number}: the compressed file is damaged: {error}") from error
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line)  # knows lone surrogates, and says better what is wrong
+
+
+def _is_wanted(record: Mapping[str, Any], where: Where) -> bool:
+    return all((str(record[key]) == value) is wanted for key, value, wanted in where)
+
+
+def _lines_from(path: Path, file: BinaryIO, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that begin in [start, end), each with its first byte (of the text as it is uncompressed)."""
+    at = start
+    if start:
+        file.seek(start - 1)
+        at += len(file.readline()) - 1  # the rest of a line that began before
+    for line in _lines(path, file):
+        if end is not None and at >= end:
+            return
+        yield at, line
+        at += len(line)
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterable[bytes]:
@@ -117,15 +171,23 @@ def _zstd_lines(file: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def _read_parquet(path: Path, file: BinaryIO, text_key: str) -> Iterator[str]:
+def _read_parquet(
+    path: Path, file: BinaryIO, text_key: str, where: Where, start: int, end: int | None
+) -> Iterator[Document]:
+    columns = list(dict.fromkeys([text_key, *(key for key, _, _ in where)]))
     try:
         table = parquet.ParquetFile(file)
-        if text_key not in table.schema_arrow.names:
-            raise DataError(f"{path}: no column {text_key!r}; it has {table.schema_arrow.names} (--text-key).")
-        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    yield _valid_text(text)
+        for column in columns:
+            if column not in table.schema_arrow.names:
+                option = "--text-key" if column == text_key else "--where"
+                raise DataError(f"{path}: no column {column!r}; it has {table.schema_arrow.names} ({option}).")
+        groups = range(start, table.num_row_groups if end is None else end)
+        row = sum(table.metadata.row_group(number).num_rows for number in range(start))
+        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns, row_groups=list(groups)):
+            for record in batch.to_pylist():
+                row += 1
+                if record[text_key] is not None and _is_wanted(record, where):
+                    yield Document(_valid_text(record[text_key]), f"{path}, row {row}")
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: no readable Parquet file of texts in {text_key!r}: {error}") from error
 

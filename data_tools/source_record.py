@@ -1,8 +1,5 @@
-"""Are the shards of a source already there, and made from the same text with the same settings? `NAME.json` beside
-them tells.
-
-It is written twice: when tokenizing begins, so that shards of an interrupted run can be told from anybody else's,
-and when all shards are there.
+"""Are the shards of a source already there, and made from the same text with the same settings? What was asked for is
+written down before work begins, and again in the manifest when all shards are there.
 """
 
 import json
@@ -14,17 +11,28 @@ from typing import Any
 import xxhash
 
 from data_tools.documents import TEXT_SUFFIXES
-from data_tools.shard_writer import write_whole
+from data_tools.shard_writer import write_whole, writer_name
 from nemotron_train.data.shard_format import read_layout
+from nemotron_train.data.shard_meta import (
+    PROBE_BYTES,
+    ShardMeta,
+    SourceManifest,
+    listed,
+    manifest_bytes,
+    manifest_path,
+    probe_hash,
+    read_manifest,
+)
+from nemotron_train.data.tokenizer_file import tokenizer_hash
 from nemotron_train.errors import DataError
 
-FORMAT = 1  # raise it when the same text and settings would give other shards
-DEFAULT_SHARD_TOKENS = 1 << 28  # 0.5 or 1 GiB, about what the writing process holds in memory
+FORMAT = 2  # raise it when the same text and settings would give other shards
+DEFAULT_SHARD_TOKENS = 1 << 26  # 128 or 256 MiB, about what a writing process holds in memory
 
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """What the shards follow from, besides the text."""
+    """What the shards follow from, besides the text; and the engine, which they do not follow from."""
 
     source: str
     tokenizer: Path
@@ -32,8 +40,11 @@ class TokenizeSettings:
     eod_token: str = "<|endoftext|>"
     parse_special_tokens: bool = False
     shard_tokens: int = DEFAULT_SHARD_TOKENS
+    num_shards: int | None = None  # not asked: about `shard_tokens` in each, by the size of the input
     seed: int = 0
     text_suffixes: tuple[str, ...] = TEXT_SUFFIXES
+    where: tuple[tuple[str, str, bool], ...] = ()
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -47,19 +58,21 @@ class TokenizedSource:
 
 
 class SourceRecord:
-    """What the shards of a source are to be made from, against what `NAME.json` says they were made from."""
+    """What the shards of a source are to be made from, against what was written down about those that are there."""
 
     def __init__(self, output: Path, settings: TokenizeSettings, files: Sequence[Path]) -> None:
-        self._output = output
-        self._source = settings.source
-        self._path = output / f"{settings.source}.json"
-        # Content counts, not where it lies: paths and dates change when a folder is copied.
-        made_from = asdict(settings) | {
+        self.output, self.source = output, settings.source
+        self.work = output / f".{settings.source}.work"
+        self.manifest = manifest_path(output, settings.source)
+        self._begun = self.work / "made_from.json"
+        # Content counts, not where it lies: paths and dates change when a folder is copied. Of large files the size and
+        # both ends: reading all of a crawl twice would cost as much as tokenizing it.
+        made_from = {key: value for key, value in asdict(settings).items() if key != "engine"} | {
             "format": FORMAT,
-            "tokenizer": _hash(settings.tokenizer),
-            "inputs": [{"name": file.name, "xxh3_128": _hash(file)} for file in files],
+            "tokenizer": tokenizer_hash(settings.tokenizer),
+            "inputs": [{"name": file.name, "bytes": file.stat().st_size, "xxh3_128": _ends_of(file)} for file in files],
         }
-        self._made_from = json.loads(json.dumps(made_from))  # as it reads back: tuples are lists
+        self._made_from: dict[str, Any] = json.loads(json.dumps(made_from))  # as it reads back: tuples are lists
 
     def find_finished(self) -> TokenizedSource | None:
         """Return what is there if it is complete and the same; None if nothing is, or an interrupted run of the same.
@@ -67,54 +80,66 @@ class SourceRecord:
         Raises:
             DataError: there are other shards of this name, or a shard of the finished source is missing or damaged.
         """
-        if not self._path.exists():
-            strangers = sorted(self._output.glob(f"{self._source}_[0-9]*.idx"))
-            if strangers:
-                raise DataError(
-                    f"{strangers[0]} exists, but not {self._path.name}, which would say what it is. {_ADVICE}"
-                )
+        manifest = read_manifest(self.manifest)
+        if manifest is not None:
+            self._refuse_others(self.manifest, manifest.made_from)
+            for shard in manifest.shards:
+                found = read_layout(self.output / shard.name).num_tokens
+                if found != shard.tokens:
+                    raise DataError(f"{self.manifest}: records {shard.tokens} tokens in {shard.name}, it has {found}.")
+            names = [shard.name for shard in manifest.shards]
+            return TokenizedSource(names, manifest.documents, manifest.tokens, reused=True)
+        if self._begun.exists():
+            self._refuse_others(self._begun, json.loads(self._begun.read_bytes()))
             return None
-        record = self._read()
-        differing = [key for key, value in self._made_from.items() if record["made_from"].get(key) != value]
-        if differing:
-            raise DataError(f"{self._path}: these shards were made with other {', '.join(differing)}. {_ADVICE}")
-        if not record["complete"]:
-            return None
-        result = TokenizedSource(record["shards"], record["documents"], record["tokens"], reused=True)
-        found = sum(read_layout(self._output / shard).num_tokens for shard in result.shards)
-        if found != result.tokens:
-            raise DataError(f"{self._path}: records {result.tokens} tokens, the shards hold {found}. {_ADVICE}")
-        return result
+        strangers = sorted(self.output.glob(f"{self.source}_[0-9]*.idx"))
+        if strangers:
+            raise DataError(
+                f"{strangers[0]} exists, but not {self.manifest.name}, which would say what it is. {_ADVICE}"
+            )
+        return None
 
     def write_begun(self) -> None:
-        self._write({"complete": False})
+        self.work.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(self._made_from).encode()
+        write_whole(self._begun, lambda file: file.write(content))
 
-    def write_finished(self, result: TokenizedSource) -> None:
-        totals = {"shards": result.shards, "documents": result.documents, "tokens": result.tokens}
-        self._write({"complete": True, **totals})
+    def write_manifest(self, shards: Sequence[tuple[str, ShardMeta]]) -> TokenizedSource:
+        """Say that all shards are there."""
+        first = shards[0][1]
+        manifest = SourceManifest(
+            source=self.source,
+            dtype=first.dtype,
+            max_id=max(meta.max_id for _, meta in shards),
+            eod_id=first.eod_id,
+            eod_terminated=all(meta.eod_terminated for _, meta in shards),
+            tokenizer_hash=first.tokenizer_hash,
+            writer=writer_name(),
+            shards=tuple(listed(name, meta) for name, meta in shards),
+            made_from=self._made_from,
+        )
+        write_whole(self.manifest, lambda file: file.write(manifest_bytes(manifest)))
+        names = [name for name, _ in shards]
+        return TokenizedSource(names, manifest.documents, manifest.tokens, reused=False)
 
-    def _write(self, content: dict[str, Any]) -> None:
-        text = json.dumps(content | {"made_from": self._made_from}, indent=1) + "\n"
-        write_whole(self._path, lambda file: file.write(text.encode()))
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            record = json.loads(self._path.read_text(encoding="utf-8"))
-            needed = ("shards", "documents", "tokens") if record["complete"] else ()
-            return {key: record[key] for key in ("made_from", "complete", *needed)}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._path} is no record of tokenized shards: {error!r}. {_ADVICE}") from error
+    def _refuse_others(self, path: Path, made_from: Any) -> None:
+        differing = [key for key, value in self._made_from.items() if made_from.get(key) != value]
+        if differing:
+            raise DataError(f"{path}: these shards were made with other {', '.join(differing)}. {_ADVICE}")
 
 
 _ADVICE = "Choose another --output or --source, or delete them."
 
 
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
+def _ends_of(path: Path) -> str:
+    """Hash a file of up to 64 MiB whole, of a larger one both ends."""
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            if size <= 1 << 26:
+                return xxhash.xxh3_128(file.read()).hexdigest()
+            head = file.read(PROBE_BYTES)
+            file.seek(size - PROBE_BYTES)
+            return probe_hash(head, file.read())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}.") from error
-    return digest.hexdigest()

@@ -2,70 +2,38 @@
 
     python -m data_tools tokenize --input FILE_OR_DIR ... --tokenizer tokenizer.json --output DIR --source NAME
 
-writes DIR/NAME_00000.bin/.idx, DIR/NAME_00001... and DIR/NAME.json, which says what they were made from and, once
-all shards are there, how much they hold. The shards follow from text, tokenizer and settings, not from the number
-of workers: documents are read in order by one process, encoded in batches by the workers, and collected in order by
-the first.
+The input is cut into parts. Each is tokenized on its own, its documents dealt out to shards by a hash of their place;
+then each shard is put together from all parts, its documents shuffled. So neighbours on disk are unrelated, the shards
+follow from text, tokenizer and settings alone, and any number of processes can share the work, at once or one after
+the other: DIR/.NAME.work holds what is half done, DIR/NAME.manifest.json appears when all is there.
 """
 
 import argparse
+import fcntl
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
-from itertools import chain
-from multiprocessing import get_context
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
-from data_tools.documents import TEXT_SUFFIXES, DocumentStream, find_files
-from data_tools.shard_writer import ShardWriter, TokenizedDocuments
+from data_tools.documents import COMPRESSED_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, find_files
+from data_tools.encoders import ENGINES, choose_engine, end_token_id
+from data_tools.executors import EXECUTORS, run_all
+from data_tools.parts import Part, plan_parts
 from data_tools.source_record import DEFAULT_SHARD_TOKENS, SourceRecord, TokenizedSource, TokenizeSettings
+from data_tools.tokenize_work import Job
 from nemotron_train.data.shard_format import token_dtype
 from nemotron_train.data.tokenizer_file import tokenizer_size
 from nemotron_train.errors import ConfigError, DataError
 
-BATCH_CHARACTERS = 1 << 20  # text handed to a worker at once
-BATCHES_PER_WORKER = 3  # handed out before the oldest comes back: bounds memory, keeps workers busy
+BYTES_A_TOKEN = 4  # of English text and code, about; decides the number of shards and nothing else
+EXPANSION = {**dict.fromkeys(COMPRESSED_SUFFIXES, 4), PARQUET_SUFFIX: 2}
 
-
-class DocumentEncoder:
-    """Turns texts into token ids, each document ended by the end-of-document token."""
-
-    def __init__(self, settings: TokenizeSettings) -> None:
-        self._tokenizer = load_tokenizer(settings.tokenizer)
-        eod = self._tokenizer.token_to_id(settings.eod_token)
-        if eod is None:
-            special = ", ".join(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
-            raise ConfigError(
-                f"{settings.tokenizer} has no token {settings.eod_token!r} to end documents with; "
-                f"its special tokens are: {special or 'none'} (--eod-token)."
-            )
-        self._eod = eod
-        self._tokenizer.encode_special_tokens = not settings.parse_special_tokens
-
-    def __call__(self, texts: Sequence[str]) -> TokenizedDocuments:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        documents = [[*ids, self._eod] for ids in (encoding.ids for encoding in encodings) if ids]
-        flat = np.array(list(chain.from_iterable(documents)), dtype=np.int32)
-        return TokenizedDocuments(flat, np.array([len(document) for document in documents], dtype=np.int64))
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `tokenizer.json` without the truncation and padding it may carry, which would cut or fill documents."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{path} is no readable tokenizer.json (--tokenizer): {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+OnProgress = Callable[[str, int, int, int], None]
 
 
 def tokenize(
@@ -73,104 +41,111 @@ def tokenize(
     output: Path,
     settings: TokenizeSettings,
     num_workers: int,
-    on_progress: Callable[[int, int, int], None] = lambda read_bytes, total_bytes, tokens: None,
-) -> TokenizedSource:
+    *,
+    executor: str = "local",
+    task: tuple[int, int] = (0, 1),
+    on_progress: OnProgress = lambda what, done, total, tokens: None,
+) -> TokenizedSource | None:
     """Write the shards of one source, or find that they are there.
 
     Args:
-        on_progress: called now and then with input bytes read, input bytes in all, and tokens so far.
+        task: (i, n): tokenize every n-th part, from the i-th on; the task that finds all parts done writes the shards.
+        on_progress: called with what is being done, how much of it is done and in all, and tokens so far.
+
+    Returns:
+        None if other tasks still have parts to do.
 
     Raises:
         ConfigError: the tokenizer lacks the end-of-document token, or a setting is out of range.
         DataError: an input cannot be read, there is no text, or `output` has other shards of this name.
     """
-    if num_workers < 1 or settings.shard_tokens < 1:
-        raise ConfigError(f"--workers {num_workers} and --shard-tokens {settings.shard_tokens} must be at least 1.")
+    _check(settings, num_workers, task)
     files = find_files(inputs, settings.text_suffixes)
-    DocumentEncoder(settings)  # a wrong tokenizer is found before anything is written
+    end_token_id(settings.tokenizer, settings.eod_token)  # a wrong tokenizer is found before anything is written
     record = SourceRecord(output, settings, files)
     finished = record.find_finished()
     if finished is not None:
         return finished
-    output.mkdir(parents=True, exist_ok=True)
+    parts = plan_parts(files)
+    job = Job(
+        settings=settings,
+        output=output,
+        work=record.work,
+        num_parts=len(parts),
+        num_shards=settings.num_shards or count_shards(parts, settings.shard_tokens),
+        dtype=token_dtype(tokenizer_size(settings.tokenizer)).str,
+    )
     record.write_begun()
-    dtype = token_dtype(tokenizer_size(settings.tokenizer))
-    writer = ShardWriter(output, settings.source, dtype, settings.shard_tokens, settings.seed)
-    stream = DocumentStream(files, settings.text_key)
-    tokens = 0
-    for batch in encode_in_order(_batches(stream), settings, num_workers):
-        writer.add(batch)
-        tokens += len(batch.tokens)
-        on_progress(stream.bytes_read, stream.total_bytes, tokens)
-    writer.finish()
-    if not writer.shard_names:
-        raise DataError(f"No text in the {len(files)} input files (--input).")
-    result = TokenizedSource(writer.shard_names, writer.num_documents, writer.num_tokens, reused=False)
-    record.write_finished(result)
+    run = partial(run_all, executor=executor, num_workers=num_workers)
+    with _alone(record.work / f"task_{task[0]}.lock"):
+        total, read, tokens = sum(part.num_bytes for part in parts), 0, 0
+        for num_bytes, num_tokens in run(job.tokenize_part, parts[task[0] :: task[1]]):
+            read, tokens = read + num_bytes, tokens + num_tokens
+            on_progress("tokenize", read, total, tokens)
+        if not all(job.is_done(part.number) for part in parts):
+            return None
+        with _alone(record.work / "shards.lock"):
+            shards = []
+            for shard in run(job.write_shard, range(job.num_shards)):
+                shards += [shard] if shard is not None else []
+                on_progress("write", len(shards), job.num_shards, tokens)
+            if not shards:
+                raise DataError(f"No text in the {len(files)} input files (--input, --where).")
+            result = record.write_manifest(sorted(shards))
+    shutil.rmtree(record.work, ignore_errors=True)
     return result
 
 
-def encode_in_order(
-    batches: Iterable[list[str]], settings: TokenizeSettings, num_workers: int
-) -> Iterator[TokenizedDocuments]:
-    """Encode batches of texts, several at a time, and yield the results in the order of the batches."""
-    if num_workers == 1:
-        yield from map(DocumentEncoder(settings), batches)
-        return
-    waiting: deque[Future[TokenizedDocuments]] = deque()
-    # Spawned, because forking a process whose tokenizer library has started threads can hang.
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_use_one_thread)
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_encode, settings, batch))
-            if len(waiting) >= num_workers * BATCHES_PER_WORKER:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError("A tokenizing process was killed, perhaps for lack of memory. Lower --workers.") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def count_shards(parts: Sequence[Part], shard_tokens: int) -> int:
+    """Return into how many shards the input goes, by its size."""
+    size = 0
+    for part in parts:
+        suffix = next((known for known in EXPANSION if part.files[0].name.endswith(known)), "")
+        size += part.num_bytes * EXPANSION.get(suffix, 1)
+    return max(1, -(-size // (BYTES_A_TOKEN * shard_tokens)))
 
 
-def _use_one_thread() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) -> None:
+    if num_workers < 1 or settings.shard_tokens < 1 or (settings.num_shards or 1) < 1:
+        raise ConfigError(
+            f"--workers {num_workers}, --shard-tokens {settings.shard_tokens} and --shards {settings.num_shards} must "
+            "be at least 1."
+        )
+    if not 0 <= task[0] < task[1]:
+        raise ConfigError(f"--task {task[0]}/{task[1]}: tasks of N are 0/N to N-1/N.")
 
 
-@lru_cache(maxsize=1)
-def _worker_encoder(settings: TokenizeSettings) -> DocumentEncoder:
-    return DocumentEncoder(settings)
-
-
-def _encode(settings: TokenizeSettings, texts: list[str]) -> TokenizedDocuments:
-    return _worker_encoder(settings)(texts)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock; it is gone when this process is, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"{path} is locked: another process is at the same work. Wait for it, or choose another --output."
+            ) from error
+        yield
 
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    tokenizer = arguments.tokenizer
     settings = TokenizeSettings(
         source=arguments.source,
-        tokenizer=arguments.tokenizer,
+        tokenizer=tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer,
         text_key=arguments.text_key,
         eod_token=arguments.eod_token,
         parse_special_tokens=arguments.parse_special_tokens,
         shard_tokens=arguments.shard_tokens,
+        num_shards=arguments.shards,
         seed=arguments.seed,
         text_suffixes=(*TEXT_SUFFIXES, *arguments.text_suffix),
+        where=tuple(_condition(text) for text in arguments.where),
+        engine=arguments.engine,
     )
+    _, engine = choose_engine(settings.tokenizer, settings.engine, parse_special_tokens=settings.parse_special_tokens)
+    console.print(f"engine: {engine}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -178,41 +153,67 @@ def run(arguments: argparse.Namespace) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"tokenize {settings.source}", total=None, tokens="")
+        bars = {what: progress.add_task(f"{what} {settings.source}", total=None, tokens="") for what in ("tokenize",)}
 
-        def show(read_bytes: int, total_bytes: int, tokens: int) -> None:
-            progress.update(task, completed=read_bytes, total=total_bytes, tokens=f"{tokens / 1e6:.1f}M tokens")
+        def show(what: str, done: int, total: int, tokens: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(f"{what} {settings.source}", total=None, tokens="")
+            progress.update(bars[what], completed=done, total=total, tokens=f"{tokens / 1e6:.1f}M tokens")
 
-        result = tokenize(arguments.input, arguments.output, settings, arguments.workers, show)
+        result = tokenize(
+            arguments.input,
+            arguments.output,
+            settings,
+            arguments.workers,
+            executor=arguments.executor,
+            task=_task(arguments.task),
+            on_progress=show,
+        )
+    if result is None:
+        console.print(f"task {arguments.task} is done; the last of the other tasks writes the shards")
+        return
     console.print(
         f"{arguments.output / settings.source}: {len(result.shards)} shards, {result.documents} documents, "
         f"{result.tokens} tokens{' (were there already)' if result.reused else ''}"
     )
 
 
+def _condition(text: str) -> tuple[str, str, bool]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--where {text}: write KEY=VALUE or KEY!=VALUE.")
+    return (key.removesuffix("!"), value, not key.endswith("!"))
+
+
+def _task(text: str) -> tuple[int, int]:
+    try:
+        number, _, count = text.partition("/")
+        return int(number), int(count)
+    except ValueError as error:
+        raise ConfigError(f"--task {text}: write I/N, such as 0/8.") from error
+
+
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("tokenize", help="turn text into .bin/.idx shards")
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders of text")
-    parser.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="a tokenizer.json")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets the shards")
-    parser.add_argument("--source", required=True, metavar="NAME", help="shards are called NAME_00000, NAME_00001, ...")
-    parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="of JSONL and Parquet documents (default text)"
-    )
-    parser.add_argument(
-        "--text-suffix",
-        action="append",
-        default=[],
-        metavar=".SUFFIX",
-        help="of more plain-text files; may be repeated",
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="encoding processes")
-    parser.add_argument("--eod-token", default="<|endoftext|>", metavar="TOKEN", help="ends every document")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders of text")
+    add("--tokenizer", type=Path, required=True, metavar="PATH", help="a tokenizer.json, or a folder that holds one")
+    add("--output", type=Path, required=True, metavar="DIR", help="gets the shards")
+    add("--source", required=True, metavar="NAME", help="shards are called NAME_00000, NAME_00001, ...")
+    add("--text-key", default="text", metavar="KEY", help="of JSONL and Parquet documents (default text)")
+    add("--where", action="append", default=[], metavar="KEY=VALUE", help="keep only such documents (or KEY!=VALUE)")
+    add("--text-suffix", action="append", default=[], metavar=".SUFFIX", help="of more plain-text files")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes on this machine")
+    add("--executor", choices=EXECUTORS, default="local", help="ray: on a Ray cluster, or one it starts here")
+    add("--task", default="0/1", metavar="I/N", help="one of N jobs that share --output, e.g. of a Slurm array")
+    add("--engine", choices=ENGINES, default="auto", help="auto: gigatoken where it gives the same ids")
+    add("--eod-token", default="<|endoftext|>", metavar="TOKEN", help="ends every document")
+    add(
         "--parse-special-tokens",
         action="store_true",
         help="special tokens spelled out in the text become their ids; without it they are ordinary text",
     )
-    parser.add_argument("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="of a full shard")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of documents within a shard")
+    add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="of a shard, about")
+    add("--shards", type=int, metavar="N", help="how many, instead of --shard-tokens")
+    add("--seed", type=int, default=0, help="of the order of documents")
     parser.set_defaults(run=run)

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,6 +42,10 @@ DTYPE_CODES: dict[int, np.dtype] = {
 }
 UINT16_VOCAB_LIMIT = 65_500  # Megatron's: from here on the tokens are written as int32
 _CHECK_BLOCK = 1 << 20  # sequences checked at once: bounds memory for shards with billions of documents
+
+
+class Writable(Protocol):
+    def write(self, data: bytes, /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def read_array(path: Path, offset: int, dtype: str, count: int) -> NDArray:
     return array
 
 
-def write_index(file: BinaryIO, dtype: np.dtype, lengths: ArrayLike, boundaries: ArrayLike | None = None) -> None:
+def write_index(file: Writable, dtype: np.dtype, lengths: ArrayLike, boundaries: ArrayLike | None = None) -> None:
     """Write the index of a shard whose sequences lie back to back.
 
     Args:

@@ -1,6 +1,7 @@
 """Oracle: the `tokenizers` library, document by document; the files of a run with other workers or of a killed one."""
 
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -9,20 +10,28 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+import xxhash
 import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from data_tools.__main__ import main
 from data_tools.documents import DocumentStream, find_files
-from data_tools.source_record import TokenizeSettings
-from data_tools.tokenize_corpus import BATCH_CHARACTERS, tokenize
+from data_tools.encoders import DocumentEncoder, GigatokenEncoder
+from data_tools.parts import plan_parts
+from data_tools.source_record import TokenizedSource, TokenizeSettings
+from data_tools.tokenize_corpus import _alone, tokenize
+from data_tools.tokenize_work import encoder_of
 from nemotron_train.data.shard import Shard
+from nemotron_train.data.shard_meta import read_manifest, read_meta
 from nemotron_train.errors import ConfigError, DataError
 
 EOD = "<|endoftext|>"
@@ -59,6 +68,12 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
     return path
 
 
+def made_by(*arguments: Any, **options: Any) -> TokenizedSource:
+    made = tokenize(*arguments, **options)
+    assert made is not None
+    return made
+
+
 def documents_in(folder: Path, shards: list[str]) -> list[tuple[int, ...]]:
     found = []
     for name in shards:
@@ -86,28 +101,34 @@ def test_shards_hold_what_the_tokenizers_library_gives_document_by_document(
 ) -> None:
     """Fails if a document is cut, padded, lost, doubled, split over shards, or not ended by its token."""
     documents = texts(300)
-    settings = TokenizeSettings("web", tokenizer_path, shard_tokens=4000)
-    made = tokenize([write_jsonl(tmp_path / "web.jsonl", documents)], tmp_path / "out", settings, num_workers=1)
+    settings = TokenizeSettings("web", tokenizer_path, num_shards=5)
+    made = made_by([write_jsonl(tmp_path / "web.jsonl", documents)], tmp_path / "out", settings, num_workers=1)
     found, expected = documents_in(tmp_path / "out", made.shards), expected_ids(tokenizer_path, documents)
     assert Counter(found) == Counter(expected)
     assert (made.documents, made.tokens) == (len(expected), sum(map(len, expected)))
-    assert len(made.shards) > 3
-    assert found != expected  # documents are shuffled within a shard ...
-    first = Shard(tmp_path / "out" / made.shards[0])
-    assert Counter(found[: first.num_documents]) == Counter(expected[: first.num_documents])  # ... and only there
-    assert 4000 <= first.num_tokens < 4000 + max(map(len, expected))
+    assert len(made.shards) == 5
+    sizes = [Shard(tmp_path / "out" / name).num_tokens for name in made.shards]
+    assert max(sizes) < 2 * min(sizes)
+    # Neighbours in a shard are not neighbours in the input.
+    place = {document: number for number, document in enumerate(expected)}
+    distances = [abs(place[after] - place[before]) for before, after in pairwise(found)]
+    assert sum(distance < 10 for distance in distances) < 0.15 * len(distances)  # by chance 7 in 100
 
 
-def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Fails if results are collected as they come in, or batches influence where a shard ends."""
-    documents = texts(300) * 40
-    source = write_jsonl(tmp_path / "web.jsonl", documents)
-    assert source.stat().st_size > 4 * BATCH_CHARACTERS  # several batches for each worker
-    settings = TokenizeSettings("web", tokenizer_path, shard_tokens=200_000)
+def test_output_does_not_depend_on_who_does_the_work(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if results are collected as they come in, or another number of processes or tasks gives other shards."""
+    source = write_jsonl(tmp_path / "web.jsonl", texts(300) * 10)
+    settings = TokenizeSettings("web", tokenizer_path, num_shards=4)
+    monkeypatch.setattr("data_tools.tokenize_corpus.plan_parts", partial(plan_parts, part_bytes=1 << 16))
+    assert len(plan_parts([source], 1 << 16)) > 5
     for workers in (1, 3):
         tokenize([source], tmp_path / str(workers), settings, workers)
-    assert len(files_of(tmp_path / "1")) > 5
-    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+    for task in (2, 0, 1):
+        tokenize([source], tmp_path / "tasks", settings, 1, task=(task, 3))
+    assert len(files_of(tmp_path / "1")) == 4 * 3 + 1
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3") == files_of(tmp_path / "tasks")
 
 
 def test_another_seed_is_another_order_of_the_same_documents(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -115,7 +136,7 @@ def test_another_seed_is_another_order_of_the_same_documents(tmp_path: Path, tok
     source = write_jsonl(tmp_path / "web.jsonl", texts(100))
     found = []
     for seed in (0, 1):
-        made = tokenize([source], tmp_path / str(seed), TokenizeSettings("web", tokenizer_path, seed=seed), 1)
+        made = made_by([source], tmp_path / str(seed), TokenizeSettings("web", tokenizer_path, seed=seed), 1)
         found.append(documents_in(tmp_path / str(seed), made.shards))
     assert found[0] != found[1]
     assert Counter(found[0]) == Counter(found[1])
@@ -139,6 +160,10 @@ def test_every_input_format_gives_the_same_documents(tmp_path: Path) -> None:
         stream = DocumentStream(files, "body")
         assert list(stream) == documents, name
         assert stream.bytes_read == stream.total_bytes == sum(file.stat().st_size for file in files)
+        for part_bytes in (1, 100, 1000, 1 << 20):
+            parts = plan_parts(files, part_bytes)
+            assert [d.text for part in parts for d in part.documents("body", ())] == documents, (name, part_bytes)
+            assert part_bytes > 1 or "jsonl." in name or len(parts) > 1
 
 
 def test_special_tokens_spelled_out_in_text_stay_text_unless_asked_for(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -146,7 +171,7 @@ def test_special_tokens_spelled_out_in_text_stay_text_unless_asked_for(tmp_path:
     source = write_jsonl(tmp_path / "web.jsonl", [f"before{EOD}after"])
     for parse, ends in ((False, 1), (True, 2)):
         settings = TokenizeSettings("web", tokenizer_path, parse_special_tokens=parse)
-        made = tokenize([source], tmp_path / str(parse), settings, 1)
+        made = made_by([source], tmp_path / str(parse), settings, 1)
         [document] = documents_in(tmp_path / str(parse), made.shards)
         assert document.count(0) == ends
         decoded = Tokenizer.from_file(str(tokenizer_path)).decode(list(document[:-1]), skip_special_tokens=False)
@@ -160,7 +185,7 @@ def test_a_large_vocabulary_is_written_as_int32(tmp_path: Path) -> None:
     tokenizer.add_special_tokens([EOD])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     source = write_jsonl(tmp_path / "web.jsonl", ["w1 w65535 w65536 w69999"])
-    made = tokenize([source], tmp_path / "out", TokenizeSettings("web", tmp_path / "tokenizer.json"), 1)
+    made = made_by([source], tmp_path / "out", TokenizeSettings("web", tmp_path / "tokenizer.json"), 1)
     assert documents_in(tmp_path / "out", made.shards) == [(1, 65_535, 65_536, 69_999, 70_000)]
 
 
@@ -168,15 +193,15 @@ def test_finished_output_is_reused_and_other_output_refused(tmp_path: Path, toke
     """Fails if shards of other text or settings are taken for these or overwritten, or these are made again."""
     source = write_jsonl(tmp_path / "web.jsonl", texts(50))
     out = tmp_path / "out"
-    settings = TokenizeSettings("web", tokenizer_path, shard_tokens=1000)
-    made = tokenize([source], out, settings, 1)
+    settings = TokenizeSettings("web", tokenizer_path, num_shards=3)
+    made = made_by([source], out, settings, 1)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    again = tokenize([source], out, settings, 2)
+    again = made_by([source], out, settings, 2)
     assert again.reused
     assert (again.shards, again.documents, again.tokens) == (made.shards, made.documents, made.tokens)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(DataError, match=r"web\.json: these shards were made with other shard_tokens\."):
-        tokenize([source], out, TokenizeSettings("web", tokenizer_path, shard_tokens=999), 1)
+    with pytest.raises(DataError, match=r"web\.manifest\.json: these shards were made with other num_shards\."):
+        tokenize([source], out, TokenizeSettings("web", tokenizer_path, num_shards=2), 1)
     write_jsonl(source, texts(50, seed=1))
     with pytest.raises(DataError, match=r"made with other inputs\."):
         tokenize([source], out, settings, 1)
@@ -184,30 +209,140 @@ def test_finished_output_is_reused_and_other_output_refused(tmp_path: Path, toke
     (out / "web_00001.bin").write_bytes((out / "web_00001.bin").read_bytes()[:-2])
     with pytest.raises(DataError, match=r"web_00001\.bin: \d+ bytes, but"):
         tokenize([source], out, settings, 1)
-    (out / "web.json").unlink()
-    with pytest.raises(DataError, match=r"web_00000\.idx exists, but not web\.json"):
+    (out / "web.manifest.json").unlink()
+    with pytest.raises(DataError, match=r"web_00000\.idx exists, but not web\.manifest\.json"):
         tokenize([source], out, settings, 1)
 
 
-def test_a_killed_run_leaves_whole_shards_and_the_next_one_finishes(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Fails if half a shard is ever visible, or the run after a kill refuses or gives other files."""
+def test_a_job_killed_at_any_moment_ends_with_the_same_files(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if half a shard is ever visible, or the runs after kills, with other workers, refuse or give other files."""
     source = write_jsonl(tmp_path / "web.jsonl", texts(300) * 60)
-    arguments = ["--input", str(source), "--tokenizer", str(tokenizer_path), "--source", "web"]
-    arguments += ["--shard-tokens", "50000", "--workers", "1"]
-    assert main(["tokenize", *arguments, "--output", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, "-m", "data_tools", "tokenize", *arguments, "--output", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "web_00001.idx").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # it was still at work
-    for index in (tmp_path / "killed").glob("*.idx"):
-        Shard(index.with_suffix(""))
-        assert index.read_bytes() == (tmp_path / "whole" / index.name).read_bytes()
-    assert not json.loads((tmp_path / "killed" / "web.json").read_text())["complete"]
-    assert main(["tokenize", *arguments, "--output", str(tmp_path / "killed")]) == 0
-    assert files_of(tmp_path / "whole") == files_of(tmp_path / "killed")
+    base = ["--input", str(source), "--tokenizer", str(tokenizer_path), "--source", "web", "--shards", "12"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    assert main(["tokenize", *base, "--workers", "1", "--output", str(whole)]) == 0
+    seconds = time.monotonic() - began
+    dice = random.Random(4)
+    stopped = 0
+    for number in range(5):
+        arguments = [*base, "--workers", str(1 + number % 2), "--output", str(killed)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "data_tools", "tokenize", *arguments], stderr=subprocess.DEVNULL, process_group=0
+        )
+        deadline = time.monotonic() + 30
+        while not (killed / ".web.work").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(dice.random() * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        stopped += process.wait() == -signal.SIGKILL
+        for index in killed.glob("*.idx"):
+            assert index.read_bytes() == (whole / index.name).read_bytes()
+            assert index.with_suffix(".bin").read_bytes() == (whole / index.name).with_suffix(".bin").read_bytes()
+        assert (killed / "web.manifest.json").exists() is (not (killed / ".web.work").exists())
+    assert stopped >= 2
+    assert main(["tokenize", *base, "--workers", "2", "--output", str(killed)]) == 0
+    assert files_of(whole) == files_of(killed)
+
+
+def test_every_shard_and_the_source_say_what_they_hold(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if a fact in PREFIX.meta.json or NAME.manifest.json is not that of the files: runs start from them."""
+    source = write_jsonl(tmp_path / "web.jsonl", texts(200))
+    made = made_by([source], tmp_path, TokenizeSettings("web", tokenizer_path, num_shards=2), 1)
+    manifest = read_manifest(tmp_path / "web.manifest.json")
+    assert manifest is not None
+    assert [shard.name for shard in manifest.shards] == made.shards
+    assert (manifest.tokens, manifest.documents, manifest.eod_id) == (made.tokens, made.documents, 0)
+    for listed in manifest.shards:
+        shard, meta = Shard(tmp_path / listed.name), read_meta(tmp_path / listed.name)
+        assert meta is not None
+        stream = shard.read(0, shard.num_tokens)
+        assert (meta.tokens, meta.documents) == (len(stream), len(shard.document_ends()))
+        assert (meta.max_id, meta.eod_count, meta.eod_terminated) == (stream.max(), (stream == 0).sum(), True)
+        assert meta.tokenizer_hash == xxhash.xxh3_128(tokenizer_path.read_bytes()).hexdigest()
+        for suffix, found in ((".bin", meta.bin_hash), (".idx", meta.idx_hash)):
+            assert found == xxhash.xxh3_128((tmp_path / f"{listed.name}{suffix}").read_bytes()).hexdigest()
+        Shard(tmp_path / listed.name, facts=listed, dtype=np.dtype(manifest.dtype)).read(0, 5)
+
+
+def test_documents_can_be_chosen_by_what_else_is_said_of_them(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if --where keeps others, or conditions are joined by "or"."""
+    records = [
+        {"text": f"{lang} {quality}", "lang": lang, "quality": quality} for lang in ("en", "de") for quality in (1, 2)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        for where, kept in (
+            ((("lang", "en", True),), ["en 1", "en 2"]),
+            ((("lang", "en", False), ("quality", "2", True)), ["de 2"]),
+        ):
+            [part] = plan_parts([tmp_path / name])
+            assert [document.text for document in part.documents("text", where)] == kept
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no key 'language'; it has text, lang, quality \(--where\)"):
+        list(plan_parts([tmp_path / "a.jsonl"])[0].documents("text", (("language", "en", True),)))
+
+
+def test_both_engines_give_the_same_shards(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if the fast engine is not used where it can be, or gives other ids."""
+    encoder = DocumentEncoder(tokenizer_path, EOD, "auto", parse_special_tokens=False)
+    assert encoder.engine_text == "gigatoken"
+    source = write_jsonl(tmp_path / "web.jsonl", [*texts(300), f"spelled {EOD} out"])
+    for engine in ("gigatoken", "tokenizers"):
+        tokenize([source], tmp_path / engine, TokenizeSettings("web", tokenizer_path, num_shards=2, engine=engine), 1)
+    assert files_of(tmp_path / "gigatoken") == files_of(tmp_path / "tokenizers")
+
+
+def test_a_difference_between_the_engines_stops_the_job_and_names_the_document(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the fast engine is trusted: a wrong id in one document of thousands would go unseen."""
+    encode = GigatokenEncoder.__call__
+
+    def wrong(self: GigatokenEncoder, documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = encode(self, documents)
+        if documents and documents[-1] == "the seventh":
+            ids = ids.copy()
+            ids[-1] += 1
+        return ids, lengths
+
+    monkeypatch.setattr(GigatokenEncoder, "__call__", wrong)
+    encoder_of.cache_clear()
+    source = write_jsonl(tmp_path / "web.jsonl", [*(f"document {number}" for number in range(6)), "the seventh"])
+    with pytest.raises(DataError, match=r"web\.jsonl, line 7: gigatoken gives other token ids than tokenizers"):
+        tokenize([source], tmp_path / "out", TokenizeSettings("web", tokenizer_path, engine="gigatoken"), 1)
+    assert not (tmp_path / "out" / "web.manifest.json").exists()
+    encoder_of.cache_clear()
+
+
+def test_the_fast_engine_is_not_used_where_it_differs(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if `auto` stops, or goes on silently, with a tokenizer that gigatoken does not know."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, EOD: 1}, unk_token="a"))
+    tokenizer.add_special_tokens([EOD])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = DocumentEncoder(tmp_path / "tokenizer.json", EOD, "auto", parse_special_tokens=False)
+    assert encoder.engine_text.startswith("tokenizers (gigatoken ")
+    with pytest.raises(ConfigError, match="--engine gigatoken"):
+        DocumentEncoder(tmp_path / "tokenizer.json", EOD, "gigatoken", parse_special_tokens=False)
+
+
+def test_two_jobs_at_the_same_work_do_not_meet(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if a job started twice by mistake does the work twice over the same files."""
+    source = write_jsonl(tmp_path / "web.jsonl", texts(20))
+    settings = TokenizeSettings("web", tokenizer_path)
+    (tmp_path / "out" / ".web.work").mkdir(parents=True)
+    with _alone(tmp_path / "out" / ".web.work" / "task_0.lock"), pytest.raises(DataError, match="is locked"):
+        tokenize([source], tmp_path / "out", settings, 1)
+    assert made_by([source], tmp_path / "out", settings, 1).documents > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_gives_the_same_files(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if the cluster's order of work shows in the shards."""
+    source = write_jsonl(tmp_path / "web.jsonl", texts(100))
+    settings = TokenizeSettings("web", tokenizer_path, num_shards=2)
+    tokenize([source], tmp_path / "ray", settings, 1, executor="ray")
+    tokenize([source], tmp_path / "local", settings, 1)
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
 
 
 BAD_INPUTS = {

@@ -1,0 +1,176 @@
+"""Which library turns texts into token ids? Both give the same ids, or the job stops.
+
+`tokenizers` is the definition. gigatoken is some thirty times as fast on the tokenizers it knows; it is compared with
+the definition on the first documents and on one in a thousand all along.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from data_tools.documents import Document
+from data_tools.shard_writer import TokenizedDocuments
+from nemotron_train.data.permutation import splitmix64
+from nemotron_train.errors import ConfigError, DataError
+
+ENGINES = ("auto", "gigatoken", "tokenizers")
+COMPARED_ONE_IN = 1000
+COMPARED_AT_FIRST = 20  # documents of a process
+
+
+class TokenizersEncoder:
+    """Hugging Face's library."""
+
+    def __init__(self, tokenizer: Path, *, parse_special_tokens: bool) -> None:
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._tokenizer.encode_special_tokens = not parse_special_tokens
+
+    def __call__(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the ids of all texts, one after the other, and how many each has."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.array([len(document) for document in ids], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=int(lengths.sum())), lengths
+
+
+class GigatokenEncoder:
+    """gigatoken, compared with Hugging Face's library now and then."""
+
+    def __init__(self, tokenizer: Path, *, parse_special_tokens: bool) -> None:
+        import gigatoken  # optional, and slow to import
+
+        content = json.loads(tokenizer.read_bytes())
+        if not parse_special_tokens:
+            content["added_tokens"] = []  # it takes every token that is named there for what it spells
+        content["truncation"] = content["padding"] = None
+        self._tokenizer: Any = gigatoken.Tokenizer.from_json(json.dumps(content))
+        self._definition = TokenizersEncoder(tokenizer, parse_special_tokens=parse_special_tokens)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        # One thread: the processes are the parallelism.
+        encoded = self._tokenizer.encode_batch(list(texts), parallel=False)
+        offsets = np.asarray(encoded.layout.offsets.data, dtype=np.int64)
+        ids = np.asarray(encoded.layout.content.data)[offsets[0] : offsets[-1]]
+        return ids, np.diff(offsets)
+
+    def differing(self, texts: Sequence[str]) -> int | None:
+        """Return the first of the texts whose ids are not those of Hugging Face's library."""
+        found, expected = self(texts), self._definition(texts)
+        if np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0]):
+            return None
+        ours, theirs = (np.split(ids, np.cumsum(lengths)[:-1]) for ids, lengths in (found, expected))
+        return next(number for number in range(len(texts)) if not np.array_equal(ours[number], theirs[number]))
+
+
+class DocumentEncoder:
+    """Turns documents into token ids, each ended by the end-of-document token; empty ones are left out."""
+
+    def __init__(self, tokenizer: Path, eod_token: str, engine: str, *, parse_special_tokens: bool) -> None:
+        """Raises:
+        ConfigError: the tokenizer lacks the end-of-document token, or cannot be used with the engine asked for.
+        """
+        self.eod_id = end_token_id(tokenizer, eod_token)
+        self._engine: TokenizersEncoder | GigatokenEncoder
+        self._engine, self.engine_text = choose_engine(tokenizer, engine, parse_special_tokens=parse_special_tokens)
+        self._seen = 0
+
+    def __call__(self, documents: Sequence[Document], key: int) -> TokenizedDocuments:
+        """Encode documents.
+
+        Args:
+            key: decides, with a document's place in the sequence, which documents are compared.
+        """
+        texts = [document.text for document in documents]
+        if isinstance(self._engine, GigatokenEncoder):
+            self._compare(self._engine, documents, key)
+        ids, lengths = self._engine(texts)
+        kept = lengths[lengths > 0]
+        ends = np.cumsum(kept + 1) - 1
+        tokens = np.empty(len(ids) + len(kept), dtype=np.int64)
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[ends] = False
+        tokens[is_text], tokens[ends] = ids, self.eod_id
+        return TokenizedDocuments(tokens, kept + 1)
+
+    def _compare(self, engine: GigatokenEncoder, documents: Sequence[Document], key: int) -> None:
+        chosen = [
+            document
+            for number, document in enumerate(documents)
+            if self._seen + number < COMPARED_AT_FIRST or splitmix64(key + number) % COMPARED_ONE_IN == 0
+        ]
+        self._seen += len(documents)
+        wrong = engine.differing([document.text for document in chosen]) if chosen else None
+        if wrong is not None:
+            raise DataError(
+                f"{chosen[wrong].place}: gigatoken gives other token ids than tokenizers for this document. "
+                "Use --engine tokenizers."
+            )
+
+
+def choose_engine(
+    tokenizer: Path, engine: str, *, parse_special_tokens: bool
+) -> tuple[TokenizersEncoder | GigatokenEncoder, str]:
+    """Return the encoder, and what it is and why, for the log."""
+    definition = TokenizersEncoder(tokenizer, parse_special_tokens=parse_special_tokens)
+    if engine == "tokenizers":
+        return definition, "tokenizers"
+    if importlib.util.find_spec("gigatoken") is None:
+        if engine == "gigatoken":
+            raise ConfigError('--engine gigatoken: it is not installed (pip install "nemotron-train[tokenize]").')
+        return definition, "tokenizers (gigatoken is not installed)"
+    try:
+        fast = GigatokenEncoder(tokenizer, parse_special_tokens=parse_special_tokens)
+    except Exception as error:  # its loader raises nothing narrower
+        reason = str(error).splitlines()[0]
+        if engine == "gigatoken":
+            raise ConfigError(f"--engine gigatoken cannot use {tokenizer}: {reason}") from error
+        return definition, f"tokenizers (gigatoken cannot use this tokenizer: {reason})"
+    wrong = fast.differing(SAMPLE)
+    if wrong is None:
+        return fast, "gigatoken"
+    if engine == "gigatoken":
+        raise ConfigError(f"--engine gigatoken gives other ids than tokenizers with {tokenizer}: {SAMPLE[wrong]!r}.")
+    return definition, f"tokenizers (gigatoken gives other ids for {SAMPLE[wrong]!r})"
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a `tokenizer.json` without the truncation and padding it may carry, which would cut or fill documents."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{path} is no readable tokenizer.json (--tokenizer): {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def end_token_id(path: Path, eod_token: str) -> int:
+    """Return the id of the end-of-document token."""
+    tokenizer = load_tokenizer(path)
+    eod = tokenizer.token_to_id(eod_token)
+    if eod is None:
+        special = ", ".join(token.content for token in tokenizer.get_added_tokens_decoder().values())
+        raise ConfigError(
+            f"{path} has no token {eod_token!r} to end documents with; its special tokens are: {special or 'none'} "
+            "(--eod-token)."
+        )
+    return eod
+
+
+# What tokenizers are known to disagree on: spaces, digits, contractions, scripts, joined emoji, broken line ends.
+SAMPLE = (
+    "Hello world, it's a test; we'll see.  Two  spaces,\ttabs\n\n\nand lines\r\nof all\rkinds \n ",
+    "x = {'a': 1234567, \"b\": 3.14159e-10}  # comment\n\tif not x:\n        return None\n",
+    "Größe déjà vu naïve Ångström ﬁ ligature Ⅷ ½ e\u0301 \u200b\u00a0\u3000 end",
+    "数据 训练 日本語のテキスト 한국어 Русский العربية हिन्दी ไทย 🙂👩‍👩‍👧 🇩🇪",
+    "<|endoftext|> [INST] <s> </s> &amp; http://example.org/a?b=c&d=%20",
+    "   leading and trailing   ",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa 000000000000000000000000 !!!!!!!!!!!!!",
+)
