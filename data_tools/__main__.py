@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from data_tools import ngram, stdlib_corpus, tokenize_corpus, train_tokenizer
+from data_tools import blend_report, merge, ngram, show, split, stdlib_corpus, tokenize_corpus, train_tokenizer, verify
 from nemotron_train.errors import EXIT_FAILED, NemotronTrainError
 
-COMMANDS = (tokenize_corpus, train_tokenizer, stdlib_corpus, ngram)  # each has add_command(commands), which sets `run`
+# Each has add_command(commands), which sets `run`.
+COMMANDS = (tokenize_corpus, merge, split, verify, show, blend_report, train_tokenizer, stdlib_corpus, ngram)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,127 @@
+"""What does an experiment read? Sources, weights, tokens and epochs by phase, as a table, as JSON, or as a picture."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nemotron_train.config.load import load_config
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.data.open_sources import build_plan, open_data
+from nemotron_train.plan.batching import plan_batches
+
+
+def describe_blend(config: RunConfig) -> dict[str, Any]:
+    """Return tokens there are and tokens read, of every source in every phase.
+
+    Raises:
+        ConfigError, DataError: the sources cannot be opened, or the phases are impossible with them.
+    """
+    training = open_data(config.data, config.model.vocab_size, config.train.seq_length).training
+    blend = build_plan(config.data, training, config.train.seq_length, config.run.seed)
+    total = plan_batches(config.train, config.data.phases, 1).consumed_at_end
+    epochs = blend.epochs(total)
+    starts = [*(phase.start_tokens for phase in config.data.phases), total]
+    phases = []
+    for number, phase in enumerate(config.data.phases):
+        weights = {share.source: share.weight for share in phase.weights}
+        phases.append(
+            {
+                "start_tokens": phase.start_tokens,
+                "end_tokens": max(phase.start_tokens, min(starts[number + 1], total)),
+                "seq_length": phase.seq_length or config.train.seq_length,
+                "weights": {name: weight / sum(weights.values()) for name, weight in weights.items()},
+                "epochs": {name: by_phase[number] for name, by_phase in epochs.items()},
+            }
+        )
+    return {
+        "experiment": config.run.name,
+        "train_tokens": total,
+        "max_epochs": config.data.max_epochs,
+        "sources": {
+            source.name: {
+                "tokens": source.num_tokens,
+                "shards": len(source.shards),
+                "epochs": sum(epochs[source.name]),
+                "tokens_read": round(sum(epochs[source.name]) * source.num_tokens),
+            }
+            for source in training
+        },
+        "phases": phases,
+    }
+
+
+def table_of(report: dict[str, Any]) -> Table:
+    """Return one row a source."""
+    table = Table("source", "shards", "tokens", *(f"phase {n}" for n in range(len(report["phases"]))), "read", "epochs")
+    for name, source in report["sources"].items():
+        by_phase = [
+            f"{phase['weights'].get(name, 0.0):.1%}, {phase['epochs'][name]:.2f} epochs" for phase in report["phases"]
+        ]
+        epochs = f"{source['epochs']:.2f}" + (" (!)" if source["epochs"] > report["max_epochs"] else "")
+        table.add_row(
+            name, str(source["shards"]), f"{source['tokens']:,}", *by_phase, f"{source['tokens_read']:,}", epochs
+        )
+    return table
+
+
+def warnings_of(report: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is read {source['epochs']:.2f} times, more than data.max_epochs={report['max_epochs']}: training refuses."
+        for name, source in report["sources"].items()
+        if source["epochs"] > report["max_epochs"]
+    ]
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the share of every source over the tokens of the run."""
+    import matplotlib  # slow to import, and only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    edges = [(phase["start_tokens"], phase["end_tokens"], phase) for phase in report["phases"]]
+    edges = [edge for edge in edges if edge[1] > edge[0]]
+    for number, name in enumerate(report["sources"]):
+        for start, end, phase in edges:
+            names = list(report["sources"])
+            below = sum(phase["weights"].get(other, 0.0) for other in names[:number])
+            axes.bar(
+                start,
+                phase["weights"].get(name, 0.0),
+                width=end - start,
+                bottom=below,
+                align="edge",
+                color=f"C{number % 10}",
+                edgecolor="white",
+                label=name if start == edges[0][0] else None,
+            )
+    axes.set(xlim=(0, report["train_tokens"]), ylim=(0, 1), xlabel="tokens of the run", ylabel="share of the tokens")
+    axes.set_title(f"What {report['experiment']} reads", loc="left", fontweight="bold")
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    report = describe_blend(load_config(arguments.overrides))
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    else:
+        Console(soft_wrap=True).print(table_of(report))
+    for warning in warnings_of(report):
+        Console(stderr=True, soft_wrap=True).print(f"[yellow]warning[/]: {warning}")
+    if arguments.png is not None:
+        draw(report, arguments.png)
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("blend", help="show what an experiment reads: sources, weights, epochs")
+    parser.add_argument("overrides", nargs="+", metavar="experiment=NAME", help="and key=value ...")
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the mixture over the run")
+    parser.set_defaults(run=run)

@@ -1,0 +1,81 @@
+"""What text is this? A document of a shard, a window of an experiment, or all that an optimizer step reads."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from data_tools.encoders import load_tokenizer
+from nemotron_train.config.load import load_config
+from nemotron_train.data.run_data import RunData, open_run_data
+from nemotron_train.data.shard import Shard
+from nemotron_train.errors import ConfigError
+from nemotron_train.plan.batching import plan_batches
+
+
+def document_text(prefix: Path, number: int, tokenizer: Tokenizer) -> str:
+    """Return a document of a shard with where it lies.
+
+    Raises:
+        ConfigError: the shard has fewer documents.
+    """
+    shard = Shard(prefix)
+    ends = shard.document_ends()
+    if not 0 <= number < len(ends):
+        raise ConfigError(f"{prefix} has documents 0 to {len(ends) - 1}, not {number} (--document).")
+    start = int(ends[number - 1]) if number else 0
+    tokens = shard.read(start, int(ends[number]) - start)
+    item = shard.dtype.itemsize
+    place = f"{shard.path}: document {number}, tokens {start} to {ends[number]}, bytes {start * item} to {ends[number] * item}"
+    return f"{place}\n{tokenizer.decode(tokens.tolist(), skip_special_tokens=False)}"
+
+
+def window_text(data: RunData, sample: int, tokenizer: Tokenizer) -> str:
+    """Return the text of a window with where its tokens lie, as training reads it."""
+    location = data.blend.locate(sample)
+    source = data.reader.sources[location.source]
+    lines = [f"window {sample}: source {source.name}, phase {location.phase}, epoch {location.epoch}"]
+    for span in location.spans:
+        for shard, at, length in source.locate(span.start, span.count):
+            item = shard.dtype.itemsize
+            lines.append(f"  {shard.path}: tokens {at} to {at + length}, bytes {at * item} to {(at + length) * item}")
+    _, tokens = data.reader.read(sample)
+    return "\n".join([*lines, tokenizer.decode(tokens.tolist(), skip_special_tokens=False)])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    if arguments.shard is not None:
+        if arguments.document is None or arguments.tokenizer is None:
+            raise ConfigError("--shard needs --document I and --tokenizer FILE.")
+        console.print(document_text(arguments.shard, arguments.document, load_tokenizer(arguments.tokenizer)))
+        return
+    if (arguments.window is None) is (arguments.step is None):
+        raise ConfigError("Ask for one of --shard PREFIX, --window G experiment=NAME, --step N experiment=NAME.")
+    config = load_config(arguments.overrides)
+    data = open_run_data(config)
+    tokenizer = load_tokenizer(Path(config.data.path) / config.data.tokenizer)
+    windows = range(arguments.window, arguments.window + 1) if arguments.window is not None else None
+    if windows is None:
+        batches = plan_batches(config.train, config.data.phases, 1)
+        if not 1 <= arguments.step <= batches.num_steps:
+            raise ConfigError(f"The run has steps 1 to {batches.num_steps}, not {arguments.step} (--step).")
+        before, after = (batches.consumed_tokens_at(step) for step in (arguments.step - 1, arguments.step))
+        windows = range(data.blend.sample_at(before), data.blend.sample_at(after))
+        console.print(
+            f"step {arguments.step}: tokens {before} to {after}, windows {windows.start} to {windows.stop - 1}"
+        )
+    for window in windows:
+        console.print(window_text(data, window, tokenizer))
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("show", help="show a document, or what training reads, as text")
+    parser.add_argument("--shard", type=Path, metavar="PREFIX", help="a shard")
+    parser.add_argument("--document", type=int, metavar="I", help="of the shard, from 0")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of the shard")
+    parser.add_argument("--window", type=int, metavar="G", help="of an experiment, from 0")
+    parser.add_argument("--step", type=int, metavar="N", help="of an experiment, from 1: all its windows")
+    parser.add_argument("overrides", nargs="*", help="experiment=NAME key=value ...")
+    parser.set_defaults(run=run)
