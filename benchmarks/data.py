@@ -303,7 +303,7 @@ def stream(samples: int, ranks: int, batch: int) -> Iterator[bytes]:
     """Yield the places of the samples of a run that stops 5 times and goes on from its consumed tokens alone, with
     another plan object, batch and number of ranks every time."""
     dice = random.Random(ranks * 1000 + batch)
-    stops = sorted(dice.sample(range(1, samples), 5)) + [samples]
+    stops = [*sorted(dice.sample(range(1, samples), 5)), samples]
     total, consumed = samples * 1024, 0
     for number, stop in enumerate(stops):
         blend = plan(total)

@@ -70,7 +70,8 @@ def table_of(report: dict[str, Any]) -> Table:
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
     return [
-        f"{name} is read {source['epochs']:.2f} times, more than data.max_epochs={report['max_epochs']}: training refuses."
+        f"{name} is read {source['epochs']:.2f} times, more than data.max_epochs={report['max_epochs']}: training "
+        "would refuse."
         for name, source in report["sources"].items()
         if source["epochs"] > report["max_epochs"]
     ]

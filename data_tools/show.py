@@ -27,7 +27,8 @@ def document_text(prefix: Path, number: int, tokenizer: Tokenizer) -> str:
     start = int(ends[number - 1]) if number else 0
     tokens = shard.read(start, int(ends[number]) - start)
     item = shard.dtype.itemsize
-    place = f"{shard.path}: document {number}, tokens {start} to {ends[number]}, bytes {start * item} to {ends[number] * item}"
+    end = int(ends[number])
+    place = f"{shard.path}: document {number}, tokens {start} to {end}, bytes {start * item} to {end * item}"
     return f"{place}\n{tokenizer.decode(tokens.tolist(), skip_special_tokens=False)}"
 
 

@@ -1,7 +1,7 @@
 """What lies between the input and the shards? For each part a few files of tokens, sorted by the shard they go to.
 
-A spill holds, little endian: the number of shards n; n + 1 document bounds and n + 1 token bounds (int64), so that shard
-s has the documents and tokens between bounds s and s + 1; the documents' lengths (int32); the tokens.
+A spill holds, little endian: the number of shards n; n + 1 document bounds and n + 1 token bounds (int64), so that
+shard s has the documents and tokens between bounds s and s + 1; the documents' lengths (int32); the tokens.
 """
 
 from collections.abc import Sequence

@@ -105,8 +105,9 @@ def _scan(layout: ShardLayout, meta: ShardMeta | None, vocab_size: int | None) -
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             tokens = np.frombuffer(block, dtype=layout.dtype)
-            wrong = np.flatnonzero((tokens < 0) | (tokens >= limit)) if limit is not None else ()
-            if len(wrong):
+            is_wrong = (tokens < 0) | (tokens >= limit) if limit is not None else np.zeros(0, bool)
+            if is_wrong.any():
+                wrong = np.flatnonzero(is_wrong)
                 first = at + int(wrong[0])
                 problems.append(
                     f"{layout.bin_path}: token {tokens[wrong[0]]} at byte {first * item} is not one of 0 ... "

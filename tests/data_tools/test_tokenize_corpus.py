@@ -21,51 +21,17 @@ import pyarrow.parquet as parquet
 import pytest
 import xxhash
 import zstandard
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.__main__ import main
 from data_tools.documents import DocumentStream, find_files
-from data_tools.encoders import DocumentEncoder, GigatokenEncoder
 from data_tools.parts import plan_parts
 from data_tools.source_record import TokenizedSource, TokenizeSettings
 from data_tools.tokenize_corpus import _alone, tokenize
-from data_tools.tokenize_work import encoder_of
 from nemotron_train.data.shard import Shard
 from nemotron_train.data.shard_meta import read_manifest, read_meta
 from nemotron_train.errors import ConfigError, DataError
-
-EOD = "<|endoftext|>"
-WORDS = ["train", "tokens", "für", "数据", "\n", "  indented", "x=1;", "🙂", "Mamba-2", "déjà vu", "\t", "12345"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE whose file carries truncation and padding, as many published ones do."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[EOD, "<pad>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts(200), trainer)
-    tokenizer.enable_truncation(16)
-    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=32)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    """Documents of very different lengths, some of them equal, one of them empty."""
-    source = random.Random(seed)
-    made = [" ".join(source.choices(WORDS, k=int(source.expovariate(0.02)))) for _ in range(count)]
-    made[3:5] = ["", made[2]]
-    return made
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    return path
+from tests.data_tools.text import EOD, files_of, texts, write_jsonl
 
 
 def made_by(*arguments: Any, **options: Any) -> TokenizedSource:
@@ -90,10 +56,6 @@ def expected_ids(tokenizer_path: Path, documents: list[str]) -> list[tuple[int, 
     eod = tokenizer.token_to_id(EOD)
     assert eod is not None
     return [(*tokenizer.encode(text).ids, eod) for text in documents if text]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_shards_hold_what_the_tokenizers_library_gives_document_by_document(
@@ -215,7 +177,7 @@ def test_finished_output_is_reused_and_other_output_refused(tmp_path: Path, toke
 
 
 def test_a_job_killed_at_any_moment_ends_with_the_same_files(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Fails if half a shard is ever visible, or the runs after kills, with other workers, refuse or give other files."""
+    """Fails if half a shard is ever visible, or the runs after kills, with other workers, give other files."""
     source = write_jsonl(tmp_path / "web.jsonl", texts(300) * 60)
     base = ["--input", str(source), "--tokenizer", str(tokenizer_path), "--source", "web", "--shards", "12"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -280,49 +242,6 @@ def test_documents_can_be_chosen_by_what_else_is_said_of_them(tmp_path: Path, to
             assert [document.text for document in part.documents("text", where)] == kept
     with pytest.raises(DataError, match=r"a\.jsonl, line 1: no key 'language'; it has text, lang, quality \(--where\)"):
         list(plan_parts([tmp_path / "a.jsonl"])[0].documents("text", (("language", "en", True),)))
-
-
-def test_both_engines_give_the_same_shards(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Fails if the fast engine is not used where it can be, or gives other ids."""
-    encoder = DocumentEncoder(tokenizer_path, EOD, "auto", parse_special_tokens=False)
-    assert encoder.engine_text == "gigatoken"
-    source = write_jsonl(tmp_path / "web.jsonl", [*texts(300), f"spelled {EOD} out"])
-    for engine in ("gigatoken", "tokenizers"):
-        tokenize([source], tmp_path / engine, TokenizeSettings("web", tokenizer_path, num_shards=2, engine=engine), 1)
-    assert files_of(tmp_path / "gigatoken") == files_of(tmp_path / "tokenizers")
-
-
-def test_a_difference_between_the_engines_stops_the_job_and_names_the_document(
-    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fails if the fast engine is trusted: a wrong id in one document of thousands would go unseen."""
-    encode = GigatokenEncoder.__call__
-
-    def wrong(self: GigatokenEncoder, documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, lengths = encode(self, documents)
-        if documents and documents[-1] == "the seventh":
-            ids = ids.copy()
-            ids[-1] += 1
-        return ids, lengths
-
-    monkeypatch.setattr(GigatokenEncoder, "__call__", wrong)
-    encoder_of.cache_clear()
-    source = write_jsonl(tmp_path / "web.jsonl", [*(f"document {number}" for number in range(6)), "the seventh"])
-    with pytest.raises(DataError, match=r"web\.jsonl, line 7: gigatoken gives other token ids than tokenizers"):
-        tokenize([source], tmp_path / "out", TokenizeSettings("web", tokenizer_path, engine="gigatoken"), 1)
-    assert not (tmp_path / "out" / "web.manifest.json").exists()
-    encoder_of.cache_clear()
-
-
-def test_the_fast_engine_is_not_used_where_it_differs(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Fails if `auto` stops, or goes on silently, with a tokenizer that gigatoken does not know."""
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, EOD: 1}, unk_token="a"))
-    tokenizer.add_special_tokens([EOD])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    encoder = DocumentEncoder(tmp_path / "tokenizer.json", EOD, "auto", parse_special_tokens=False)
-    assert encoder.engine_text.startswith("tokenizers (gigatoken ")
-    with pytest.raises(ConfigError, match="--engine gigatoken"):
-        DocumentEncoder(tmp_path / "tokenizer.json", EOD, "gigatoken", parse_special_tokens=False)
 
 
 def test_two_jobs_at_the_same_work_do_not_meet(tmp_path: Path, tokenizer_path: Path) -> None:
