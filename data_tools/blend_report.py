@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -79,12 +80,8 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the share of every source over the tokens of the run."""
-    import matplotlib  # slow to import, and only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
     edges = [(phase["start_tokens"], phase["end_tokens"], phase) for phase in report["phases"]]
     edges = [edge for edge in edges if edge[1] > edge[0]]
     for number, name in enumerate(report["sources"]):
@@ -105,13 +102,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"What {report['experiment']} reads", loc="left", fontweight="bold")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def run(arguments: argparse.Namespace) -> None:
     report = describe_blend(load_config(arguments.overrides))
     if arguments.json:
-        print(json.dumps(report, indent=1))
+        Console(soft_wrap=True, markup=False, highlight=False).print(json.dumps(report, indent=1))
     else:
         Console(soft_wrap=True).print(table_of(report))
     for warning in warnings_of(report):

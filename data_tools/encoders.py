@@ -93,7 +93,7 @@ class DocumentEncoder:
         ids, lengths = self._engine(texts)
         kept = lengths[lengths > 0]
         ends = np.cumsum(kept + 1) - 1
-        tokens = np.empty(len(ids) + len(kept), dtype=np.int64)
+        tokens = np.empty(len(ids) + len(kept), dtype=np.int32)
         is_text = np.ones(len(tokens), dtype=bool)
         is_text[ends] = False
         tokens[is_text], tokens[ends] = ids, self.eod_id

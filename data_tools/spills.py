@@ -28,7 +28,6 @@ def write_spill(path: Path, documents: TokenizedDocuments, shards: NDArray[np.in
     order = np.argsort(shards, kind="stable")
     lengths = documents.lengths[order]
     starts = (np.cumsum(documents.lengths) - documents.lengths)[order]
-    in_order = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(len(documents.tokens))
     document_bounds = np.searchsorted(shards[order], np.arange(num_shards + 1))
     token_bounds = np.concatenate(([0], np.cumsum(lengths)))[document_bounds]
 
@@ -36,7 +35,8 @@ def write_spill(path: Path, documents: TokenizedDocuments, shards: NDArray[np.in
         for array in (np.array([num_shards]), document_bounds, token_bounds):
             file.write(array.astype("<i8").tobytes())
         file.write(lengths.astype("<i4").tobytes())
-        file.write(documents.tokens[in_order].tobytes())
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            file.write(documents.tokens[start : start + length].tobytes())
 
     write_whole(path, write)
 

@@ -81,7 +81,7 @@ class Job:
             encoded = encode(batch, key=part.number << 32 | number << 16)
             if not len(encoded.lengths):
                 continue
-            pending.append(TokenizedDocuments(encoded.tokens.astype(self.dtype), encoded.lengths))
+            pending.append(TokenizedDocuments(encoded.tokens.astype(self.dtype, copy=False), encoded.lengths))
             tokens += len(encoded.tokens)
             held += len(encoded.tokens)
             if held >= SPILL_TOKENS:

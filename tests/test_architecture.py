@@ -57,6 +57,8 @@ NOT_IN = {
 INNER_IMPORTS: dict[tuple[str, str], str] = {
     ("engine/layer_parts.py", "nemotron_train.engine.te_layers"): "needs Transformer Engine",
     ("ops/implementations.py", "nemotron_train.ops.mamba_ssm_core"): "needs mamba-ssm",
+    ("data_tools/encoders.py", "gigatoken"): "optional, and slow to import",
+    ("data_tools/executors.py", "ray"): "optional",
     ("ops/implementations.py", "nemotron_train.ops.te_elementwise"): "needs Transformer Engine",
 }
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core"}

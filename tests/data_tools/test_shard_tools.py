@@ -3,6 +3,7 @@ purpose."""
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from nemotron_train.errors import ConfigError, DataError
 from tests.data_tools.text import texts, write_jsonl
 
 SHARDS = 3
+SUFFIXES = (".bin", ".idx", ".meta.json")
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def documents_by_megatron(prefix: Path) -> list[list[int]]:
     bounds = data.document_indices
     return [
         np.concatenate([data[n] for n in range(start, end)] or [np.zeros(0)]).tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in pairwise(bounds)
     ]
 
 
@@ -59,9 +61,8 @@ def test_documents_of_several_sequences_stay_together(tmp_path: Path) -> None:
         builder = IndexedDatasetBuilder(str(tmp_path / f"s{number}.bin"), dtype=np.int32)
         for document in range(5):
             for sequence in range(1 + document % 3):
-                builder.add_item(
-                    torch.arange(100 * number + 10 * document, 100 * number + 10 * document + 3 + sequence)
-                )
+                first = 100 * number + 10 * document
+                builder.add_item(torch.arange(first, first + 3 + sequence))
             builder.end_document()
         builder.finalize(str(tmp_path / f"s{number}.idx"))
     merge([tmp_path / "s0", tmp_path / "s1"], tmp_path / "both")
@@ -133,17 +134,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "the dtype": (lambda f: flip(f / IDX, 17, b"\x03"), ["dtype is int16"]),
     "a shard gone": (lambda f: [(f / name).unlink() for name in (BIN, IDX)], [f"{IDX} is missing"]),
     "a shard too many": (
-        lambda f: [
-            (f / f"web_00009{s}").write_bytes((f / f"web_00000{s}").read_bytes())
-            for s in (".bin", ".idx", ".meta.json")
-        ],
+        lambda f: [(f / f"web_00009{s}").write_bytes((f / f"web_00000{s}").read_bytes()) for s in SUFFIXES],
         ["web_00009.idx is not in web.manifest.json"],
     ),
     "another shard in its place": (
-        lambda f: [
-            (f / f"web_00001{s}").write_bytes((f / f"web_00002{s}").read_bytes())
-            for s in (".bin", ".idx", ".meta.json")
-        ],
+        lambda f: [(f / f"web_00001{s}").write_bytes((f / f"web_00002{s}").read_bytes()) for s in SUFFIXES],
         ["web_00001: tokens is", "the shard was replaced"],
     ),
     "the facts": (lambda f: (f / META).write_bytes((f / META).read_bytes()[:-5]), [f"{META} is damaged"]),
