@@ -3,8 +3,8 @@ Megatron-Core's builder fed by it, on the same text.
 
     python -m benchmarks.tokenize OUT [--megabytes N]
 
-The text is what comes with Python, repeated with changes to the wanted size; the tokenizer is a byte-level BPE of 65,536
-tokens trained on it, with GPT-2's way of splitting text. Both are kept in OUT for the next time.
+The text is what comes with Python, repeated with changes to the wanted size; the tokenizer is a byte-level BPE of
+65,536 tokens trained on it, with GPT-2's way of splitting text. Both are kept in OUT for the next time.
 """
 
 import argparse

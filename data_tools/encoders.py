@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 
 from data_tools.documents import Document
 from data_tools.shard_writer import TokenizedDocuments
+from data_tools.source_record import TokenizeSettings
+from nemotron_train.data.fim import TextCutter
 from nemotron_train.data.permutation import splitmix64
 from nemotron_train.errors import ConfigError, DataError
 
@@ -72,45 +74,78 @@ class GigatokenEncoder:
 class DocumentEncoder:
     """Turns documents into token ids, each ended by the end-of-document token; empty ones are left out."""
 
-    def __init__(self, tokenizer: Path, eod_token: str, engine: str, *, parse_special_tokens: bool) -> None:
+    def __init__(self, settings: TokenizeSettings) -> None:
         """Raises:
-        ConfigError: the tokenizer lacks the end-of-document token, or cannot be used with the engine asked for.
+        ConfigError: the tokenizer lacks a token that is asked for, or cannot be used with the engine asked for.
         """
-        self.eod_id = end_token_id(tokenizer, eod_token)
+        path, special = settings.tokenizer, settings.parse_special_tokens
+        self.eod_id = special_token_id(path, settings.eod_token, "--eod-token")
+        names = zip(("prefix", "suffix", "middle"), settings.fim_tokens, strict=False)
+        self._sentinels = {name: special_token_id(path, token, "--fim-tokens") for name, token in names}
+        self._cutter = TextCutter(settings.fim_rate, settings.fim_spm_rate, settings.seed)
         self._engine: TokenizersEncoder | GigatokenEncoder
-        self._engine, self.engine_text = choose_engine(tokenizer, engine, parse_special_tokens=parse_special_tokens)
+        self._engine, self.engine_text = choose_engine(path, settings.engine, parse_special_tokens=special)
         self._seen = 0
 
     def __call__(self, documents: Sequence[Document], key: int) -> TokenizedDocuments:
         """Encode documents.
 
         Args:
-            key: decides, with a document's place in the sequence, which documents are compared.
+            key: decides, with a document's place in the sequence, which documents are compared, and how they are cut.
         """
-        texts = [document.text for document in documents]
+        pieces: list[tuple[str | None, str]] = []
+        counts = np.ones(len(documents), dtype=np.int64)  # pieces of each document
+        for number, document in enumerate(documents):
+            cut = self._cutter.cut(document.text, key + number) if self._cutter.rate else [(None, document.text)]
+            counts[number] = len(cut)
+            pieces += cut
+        texts = [text for _, text in pieces]
         if isinstance(self._engine, GigatokenEncoder):
-            self._compare(self._engine, documents, key)
+            self._compare(self._engine, documents, texts, np.repeat(np.arange(len(documents)), counts), key)
         ids, lengths = self._engine(texts)
-        kept = lengths[lengths > 0]
-        ends = np.cumsum(kept + 1) - 1
-        tokens = np.empty(len(ids) + len(kept), dtype=np.int32)
-        is_text = np.ones(len(tokens), dtype=bool)
-        is_text[ends] = False
-        tokens[is_text], tokens[ends] = ids, self.eod_id
-        return TokenizedDocuments(tokens, kept + 1)
+        return self._join(ids, lengths, [name for name, _ in pieces], counts)
 
-    def _compare(self, engine: GigatokenEncoder, documents: Sequence[Document], key: int) -> None:
+    def _join(
+        self, ids: NDArray[np.int64], lengths: NDArray[np.int64], sentinels: list[str | None], counts: NDArray[np.int64]
+    ) -> TokenizedDocuments:
+        """Put sentinels before pieces and ends after documents; leave out documents without a token."""
+        firsts = np.cumsum(counts) - counts
+        has_sentinel = np.array([name is not None for name in sentinels])
+        text_tokens = np.add.reduceat(lengths, firsts)
+        is_last = np.zeros(len(lengths), dtype=bool)
+        is_last[firsts + counts - 1] = text_tokens > 0
+        widths = lengths + has_sentinel + is_last
+        ends = np.cumsum(widths)
+        tokens = np.empty(int(ends[-1]), dtype=np.int32)
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[ends[is_last] - 1] = False
+        is_text[(ends - widths)[has_sentinel]] = False
+        tokens[is_text] = ids
+        tokens[ends[is_last] - 1] = self.eod_id
+        tokens[(ends - widths)[has_sentinel]] = [self._sentinels[name] for name in sentinels if name is not None]
+        by_document = np.add.reduceat(widths, firsts)
+        return TokenizedDocuments(tokens, by_document[by_document > 0])
+
+    def _compare(
+        self,
+        engine: GigatokenEncoder,
+        documents: Sequence[Document],
+        texts: Sequence[str],
+        document_of: NDArray[np.int64],
+        key: int,
+    ) -> None:
         chosen = [
-            document
-            for number, document in enumerate(documents)
+            number
+            for number in range(len(documents))
             if self._seen + number < COMPARED_AT_FIRST or splitmix64(key + number) % COMPARED_ONE_IN == 0
         ]
         self._seen += len(documents)
-        wrong = engine.differing([document.text for document in chosen]) if chosen else None
+        pieces = np.flatnonzero(np.isin(document_of, chosen)).tolist()
+        wrong = engine.differing([texts[piece] for piece in pieces]) if pieces else None
         if wrong is not None:
             raise DataError(
-                f"{chosen[wrong].place}: gigatoken gives other token ids than tokenizers for this document. "
-                "Use --engine tokenizers."
+                f"{documents[document_of[pieces[wrong]]].place}: gigatoken gives other token ids than tokenizers for "
+                "this document. Use --engine tokenizers."
             )
 
 
@@ -151,17 +186,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def end_token_id(path: Path, eod_token: str) -> int:
-    """Return the id of the end-of-document token."""
+def special_token_id(path: Path, token: str, option: str) -> int:
+    """Return the id of a token that the tokenizer must have."""
     tokenizer = load_tokenizer(path)
-    eod = tokenizer.token_to_id(eod_token)
-    if eod is None:
+    found = tokenizer.token_to_id(token)
+    if found is None:
         special = ", ".join(token.content for token in tokenizer.get_added_tokens_decoder().values())
-        raise ConfigError(
-            f"{path} has no token {eod_token!r} to end documents with; its special tokens are: {special or 'none'} "
-            "(--eod-token)."
-        )
-    return eod
+        raise ConfigError(f"{path} has no token {token!r}; its special tokens are: {special or 'none'} ({option}).")
+    return found
 
 
 # What tokenizers are known to disagree on: spaces, digits, contractions, scripts, joined emoji, broken line ends.

@@ -43,6 +43,9 @@ class TokenizeSettings:
     num_shards: int | None = None  # not asked: about `shard_tokens` in each, by the size of the input
     seed: int = 0
     text_suffixes: tuple[str, ...] = TEXT_SUFFIXES
+    fim_rate: float = 0.0  # of documents that are cut in three between characters and rearranged
+    fim_spm_rate: float = 0.5
+    fim_tokens: tuple[str, ...] = ()  # before prefix, suffix and middle
     where: tuple[tuple[str, str, bool], ...] = ()
     engine: str = "auto"
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_tools.documents import COMPRESSED_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, find_files
-from data_tools.encoders import ENGINES, choose_engine, end_token_id
+from data_tools.encoders import ENGINES, choose_engine, special_token_id
 from data_tools.executors import EXECUTORS, run_all
 from data_tools.parts import Part, plan_parts
 from data_tools.source_record import DEFAULT_SHARD_TOKENS, SourceRecord, TokenizedSource, TokenizeSettings
@@ -61,7 +61,9 @@ def tokenize(
     """
     _check(settings, num_workers, task)
     files = find_files(inputs, settings.text_suffixes)
-    end_token_id(settings.tokenizer, settings.eod_token)  # a wrong tokenizer is found before anything is written
+    special_token_id(settings.tokenizer, settings.eod_token, "--eod-token")  # found before anything is written
+    for token in settings.fim_tokens:
+        special_token_id(settings.tokenizer, token, "--fim-tokens")
     record = SourceRecord(output, settings, files)
     finished = record.find_finished()
     if finished is not None:
@@ -111,6 +113,11 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
             f"--workers {num_workers}, --shard-tokens {settings.shard_tokens} and --shards {settings.num_shards} must "
             "be at least 1."
         )
+    if bool(settings.fim_rate) is not (len(set(settings.fim_tokens)) == 3) or not 0 <= settings.fim_rate <= 1:
+        raise ConfigError(
+            f"--fim-rate {settings.fim_rate} and --fim-tokens {' '.join(settings.fim_tokens) or '(none)'}: a rate above 0, "
+            "at most 1, goes with three tokens, before prefix, suffix and middle."
+        )
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"--task {task[0]}/{task[1]}: tasks of N are 0/N to N-1/N.")
 
@@ -141,6 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
         num_shards=arguments.shards,
         seed=arguments.seed,
         text_suffixes=(*TEXT_SUFFIXES, *arguments.text_suffix),
+        fim_rate=arguments.fim_rate,
+        fim_spm_rate=arguments.fim_spm_rate,
+        fim_tokens=tuple(arguments.fim_tokens),
         where=tuple(_condition(text) for text in arguments.where),
         engine=arguments.engine,
     )
@@ -213,6 +223,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="special tokens spelled out in the text become their ids; without it they are ordinary text",
     )
+    add("--fim-rate", type=float, default=0.0, metavar="R", help="of documents cut for fill-in-the-middle")
+    add("--fim-spm-rate", type=float, default=0.5, metavar="R", help="of these, suffix first (default 0.5)")
+    add("--fim-tokens", nargs=3, default=[], metavar="TOKEN", help="before prefix, suffix and middle")
     add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="of a shard, about")
     add("--shards", type=int, metavar="N", help="how many, instead of --shard-tokens")
     add("--seed", type=int, default=0, help="of the order of documents")

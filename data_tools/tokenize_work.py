@@ -113,12 +113,7 @@ class Job:
 @lru_cache(maxsize=1)
 def encoder_of(settings: TokenizeSettings) -> DocumentEncoder:
     """Return this process's encoder."""
-    return DocumentEncoder(
-        settings.tokenizer,
-        settings.eod_token,
-        settings.engine,
-        parse_special_tokens=settings.parse_special_tokens,
-    )
+    return DocumentEncoder(settings)
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

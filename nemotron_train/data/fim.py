@@ -75,6 +75,31 @@ class FillInTheMiddle:
         return np.concatenate([np.asarray(part) for part in parts]).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class TextCutter:
+    """Cuts documents between characters, before they are tokenized: a part may then begin or end within what would have
+    been a token, as it does where an editor asks for the middle."""
+
+    rate: float  # of documents that are cut
+    spm_rate: float
+    seed: int
+
+    def cut(self, text: str, key: int) -> list[tuple[str | None, str]]:
+        """Return the document as pieces to be tokenized one by one, each with the sentinel before it, if any.
+
+        Args:
+            key: a number of the document's own.
+        """
+        drawn = _Draws(self.seed, key)
+        if len(text) < SHORTEST or drawn.uniform() >= self.rate:
+            return [(None, text)]
+        first, end = sorted(drawn.below(len(text) + 1) for _ in range(2))
+        prefix, middle, suffix = text[:first], text[first:end], text[end:]
+        if drawn.uniform() < self.spm_rate:
+            return [("prefix", ""), ("suffix", suffix), ("middle", prefix), (None, middle)]
+        return [("prefix", prefix), ("suffix", suffix), ("middle", middle)]
+
+
 class _Draws:
     """Random numbers that follow from two keys: the same wherever and whenever they are drawn."""
 

@@ -1,22 +1,25 @@
 """Is the fast engine used where it gives the same ids, and nowhere else? Oracle: the `tokenizers` library."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_tools.encoders import DocumentEncoder, GigatokenEncoder
 from data_tools.source_record import TokenizeSettings
 from data_tools.tokenize_corpus import tokenize
 from data_tools.tokenize_work import encoder_of
+from nemotron_train.data.shard import Shard
 from nemotron_train.errors import ConfigError, DataError
 from tests.data_tools.text import EOD, files_of, texts, write_jsonl
 
 
 def test_both_engines_give_the_same_shards(tmp_path: Path, tokenizer_path: Path) -> None:
     """Fails if the fast engine is not used where it can be, or gives other ids."""
-    encoder = DocumentEncoder(tokenizer_path, EOD, "auto", parse_special_tokens=False)
+    encoder = DocumentEncoder(TokenizeSettings("web", tokenizer_path, engine="auto"))
     assert encoder.engine_text == "gigatoken"
     source = write_jsonl(tmp_path / "web.jsonl", [*texts(300), f"spelled {EOD} out"])
     for engine in ("gigatoken", "tokenizers"):
@@ -51,7 +54,50 @@ def test_the_fast_engine_is_not_used_where_it_differs(tmp_path: Path, tokenizer_
     tokenizer = Tokenizer(models.WordLevel({"a": 0, EOD: 1}, unk_token="a"))
     tokenizer.add_special_tokens([EOD])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    encoder = DocumentEncoder(tmp_path / "tokenizer.json", EOD, "auto", parse_special_tokens=False)
+    encoder = DocumentEncoder(TokenizeSettings("web", tmp_path / "tokenizer.json", engine="auto"))
     assert encoder.engine_text.startswith("tokenizers (gigatoken ")
     with pytest.raises(ConfigError, match="--engine gigatoken"):
-        DocumentEncoder(tmp_path / "tokenizer.json", EOD, "gigatoken", parse_special_tokens=False)
+        DocumentEncoder(TokenizeSettings("web", tmp_path / "tokenizer.json", engine="gigatoken"))
+
+
+def test_documents_cut_between_characters_hold_their_text(tmp_path: Path) -> None:
+    """Fails if a piece is lost or in the wrong place, a sentinel is missing, or the cut depends on the workers."""
+    names = [EOD, "<pre>", "<suf>", "<mid>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(50), trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    documents = [text for text in texts(800) if text]
+    source = write_jsonl(tmp_path / "web.jsonl", documents)
+    settings = TokenizeSettings(
+        "web", tmp_path / "tokenizer.json", num_shards=1, fim_rate=0.5, fim_spm_rate=0.3, fim_tokens=tuple(names[1:])
+    )
+    made = tokenize([source], tmp_path / "out", settings, 1)
+    assert made is not None
+    shard = Shard(tmp_path / "out" / made.shards[0])
+    found, forms = [], Counter[str]()
+    for tokens in np.split(shard.read(0, shard.num_tokens), shard.document_ends())[:-1]:
+        text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False).removesuffix(EOD)
+        if text.startswith("<pre><suf>"):
+            suffix, rest = text.removeprefix("<pre><suf>").split("<mid>")
+            forms["suffix first"] += 1
+            found.append(rest + suffix)
+        elif text.startswith("<pre>"):
+            prefix, rest = text.removeprefix("<pre>").split("<suf>")
+            suffix, middle = rest.split("<mid>")
+            forms["prefix first"] += 1
+            found.append(prefix + middle + suffix)
+        else:
+            forms["whole"] += 1
+            found.append(text)
+    assert sorted(found) == sorted(documents)
+    assert forms["whole"] / len(documents) == pytest.approx(0.5, abs=0.06)
+    assert forms["suffix first"] / (forms["suffix first"] + forms["prefix first"]) == pytest.approx(0.3, abs=0.08)
+    tokenize([source], tmp_path / "again", settings, 2)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--fim-rate 0.5 and --fim-tokens \(none\)"):
+        tokenize([source], tmp_path / "x", replace(settings, fim_tokens=()), 1)

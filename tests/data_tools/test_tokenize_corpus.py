@@ -319,6 +319,6 @@ def test_a_tokenizer_without_the_end_token_is_refused_before_anything_is_written
 ) -> None:
     """Fails if documents would run into each other."""
     source = write_jsonl(tmp_path / "web.jsonl", ["text"])
-    with pytest.raises(ConfigError, match=r"no token '</s>' .*: <\|endoftext\|>, <pad> \(--eod-token\)"):
+    with pytest.raises(ConfigError, match=r"no token '</s>'; .*: <\|endoftext\|>, <pad> \(--eod-token\)"):
         tokenize([source], tmp_path / "out", TokenizeSettings("web", tokenizer_path, eod_token="</s>"), 1)
     assert not (tmp_path / "out").exists()
