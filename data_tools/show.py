@@ -8,9 +8,13 @@ from tokenizers import Tokenizer
 
 from data_tools.encoders import load_tokenizer
 from nemotron_train.config.load import load_config
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.data.blend import BlendPlan
+from nemotron_train.data.ledger import NAME as LEDGER
+from nemotron_train.data.ledger import samples_of_step
 from nemotron_train.data.run_data import RunData, open_run_data
 from nemotron_train.data.shard import Shard
-from nemotron_train.errors import ConfigError
+from nemotron_train.errors import ConfigError, DataError
 from nemotron_train.plan.batching import plan_batches
 
 
@@ -45,6 +49,30 @@ def window_text(data: RunData, sample: int, tokenizer: Tokenizer) -> str:
     return "\n".join([*lines, tokenizer.decode(tokens.tolist(), skip_special_tokens=False)])
 
 
+def windows_of_step(config: RunConfig, blend: BlendPlan, step: int) -> tuple[range, str]:
+    """Return the windows of an optimizer step, and where that is known from: the run's ledger if it has the step (its
+    batch size may have changed on the way), else the plan.
+
+    Raises:
+        ConfigError: the plan has no such step.
+        DataError: the step was taken with other data, or another plan of it.
+    """
+    taken = samples_of_step(Path(config.run.dir), step)
+    if taken is not None:
+        windows, tokens, past = taken
+        if blend.past_hash(tokens) != past:
+            raise DataError(
+                f"{Path(config.run.dir) / LEDGER}: step {step} read other samples (plan hash {past[:12]}) than these keys "
+                f"give ({blend.past_hash(tokens)[:12]}). Give the run's own keys: see resolved.yaml beside it."
+            )
+        return windows, f"as {Path(config.run.dir) / LEDGER} says"
+    batches = plan_batches(config.train, config.data.phases, 1)
+    if not 1 <= step <= batches.num_steps:
+        raise ConfigError(f"The run has steps 1 to {batches.num_steps}, not {step} (--step).")
+    before, after = (batches.consumed_tokens_at(at) for at in (step - 1, step))
+    return range(blend.sample_at(before), blend.sample_at(after)), f"tokens {before} to {after} of the plan"
+
+
 def run(arguments: argparse.Namespace) -> None:
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if arguments.shard is not None:
@@ -57,16 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.overrides)
     data = open_run_data(config)
     tokenizer = load_tokenizer(Path(config.data.path) / config.data.tokenizer)
-    windows = range(arguments.window, arguments.window + 1) if arguments.window is not None else None
-    if windows is None:
-        batches = plan_batches(config.train, config.data.phases, 1)
-        if not 1 <= arguments.step <= batches.num_steps:
-            raise ConfigError(f"The run has steps 1 to {batches.num_steps}, not {arguments.step} (--step).")
-        before, after = (batches.consumed_tokens_at(step) for step in (arguments.step - 1, arguments.step))
-        windows = range(data.blend.sample_at(before), data.blend.sample_at(after))
-        console.print(
-            f"step {arguments.step}: tokens {before} to {after}, windows {windows.start} to {windows.stop - 1}"
-        )
+    if arguments.window is not None:
+        windows = range(arguments.window, arguments.window + 1)
+    else:
+        windows, where = windows_of_step(config, data.blend, arguments.step)
+        console.print(f"step {arguments.step}, {where}: windows {windows.start} to {windows.stop - 1}")
     for window in windows:
         console.print(window_text(data, window, tokenizer))
 

@@ -114,9 +114,10 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
             "be at least 1."
         )
     if bool(settings.fim_rate) is not (len(set(settings.fim_tokens)) == 3) or not 0 <= settings.fim_rate <= 1:
+        tokens = " ".join(settings.fim_tokens) or "(none)"
         raise ConfigError(
-            f"--fim-rate {settings.fim_rate} and --fim-tokens {' '.join(settings.fim_tokens) or '(none)'}: a rate above "
-            "0, at most 1, goes with three tokens, before prefix, suffix and middle."
+            f"--fim-rate {settings.fim_rate} and --fim-tokens {tokens}: a rate above 0, at most 1, goes with three "
+            "tokens, before prefix, suffix and middle."
         )
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"--task {task[0]}/{task[1]}: tasks of N are 0/N to N-1/N.")

@@ -17,6 +17,7 @@ from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint
 from nemotron_train.config.load import write_resolved
 from nemotron_train.data.batch import Batch, RankShare
 from nemotron_train.data.heldout import heldout_batches
+from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
 from nemotron_train.engine.groups import Groups, any_rank, from_rank_zero
@@ -34,7 +35,6 @@ from nemotron_train.evaluate import evaluate
 from nemotron_train.loss import MeanLoss
 from nemotron_train.model.build import build_model_chunks
 from nemotron_train.observe.jsonl_writer import read_records
-from nemotron_train.observe.ledger import ConsumptionLedger
 from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers

@@ -15,6 +15,9 @@ from data_tools.merge import merge
 from data_tools.source_record import TokenizeSettings
 from data_tools.split import split
 from data_tools.tokenize_corpus import tokenize
+from nemotron_train.config.load import load_config
+from nemotron_train.data.ledger import ConsumptionLedger
+from nemotron_train.data.run_data import open_run_data
 from nemotron_train.data.shard_format import HEADER_BYTES, bin_path, idx_path
 from nemotron_train.data.shard_meta import read_meta
 from nemotron_train.errors import ConfigError, DataError
@@ -208,12 +211,29 @@ def test_show_tells_what_a_step_reads(experiment: list[str], capsys: pytest.Capt
     """Fails if the windows of a step are others than those training takes, before or after a change of length."""
     assert main(["show", "--step", "5", *experiment]) == 0
     step = capsys.readouterr().out
-    assert "step 5: tokens 512 to 768, windows 16 to 19" in step
+    assert "step 5, tokens 512 to 768 of the plan: windows 16 to 19" in step
     assert step.count("phase 1, epoch 0") == 4
     assert main(["show", "--window", "17", *experiment]) == 0
     assert capsys.readouterr().out in step
     assert main(["show", "--step", "99", *experiment]) == 1
     assert "The run has steps 1 to 10" in capsys.readouterr().err
+
+
+def test_show_believes_the_ledger_of_the_run(
+    experiment: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a step is looked up in the plan although the run took it with another batch size, or a ledger of other
+    data is believed."""
+    run = [*experiment, f"run.dir={tmp_path / 'run'}"]
+    (tmp_path / "run").mkdir()
+    blend = open_run_data(load_config(run)).blend
+    ledger = ConsumptionLedger(tmp_path / "run", blend)
+    ledger.write(2, 128, 256)
+    ledger.write(2, 128, 192)  # taken again with half the batch after going back to a checkpoint
+    assert main(["show", "--step", "2", *run]) == 0
+    assert "consumption.jsonl says: windows 4 to 5" in " ".join(capsys.readouterr().out.split())
+    assert main(["show", "--step", "2", *run, "run.seed=5"]) == 1
+    assert "step 2 read other samples" in capsys.readouterr().err
 
 
 def test_blend_counts_tokens_and_epochs(

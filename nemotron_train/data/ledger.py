@@ -16,6 +16,21 @@ from nemotron_train.data.source import Source
 NAME = "consumption.jsonl"
 
 
+def samples_of_step(run_dir: Path, step: int) -> tuple[range, int, str] | None:
+    """Return the samples that a step of a run took, the tokens consumed after it and the hash of the plan's past there;
+    None if the ledger does not have the step."""
+    found = None
+    path = run_dir / NAME
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the last line of a run that was killed while it wrote
+        if entry.get("step") == step:
+            found = range(*entry["samples"]), entry["tokens"][1], entry["past_hash"]
+    return found
+
+
 class ConsumptionLedger:
     def __init__(self, run_dir: Path, blend: BlendPlan) -> None:
         self._path = run_dir / NAME

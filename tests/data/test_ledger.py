@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from nemotron_train.data.blend import BlendPlan, Phase
-from nemotron_train.observe.ledger import NAME, ConsumptionLedger
+from nemotron_train.data.ledger import NAME, ConsumptionLedger
 
 S = 16
 SOURCES = {"web": 1003, "code": 640}
