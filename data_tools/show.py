@@ -62,8 +62,8 @@ def windows_of_step(config: RunConfig, blend: BlendPlan, step: int) -> tuple[ran
         windows, tokens, past = taken
         if blend.past_hash(tokens) != past:
             raise DataError(
-                f"{Path(config.run.dir) / LEDGER}: step {step} read other samples (plan hash {past[:12]}) than these keys "
-                f"give ({blend.past_hash(tokens)[:12]}). Give the run's own keys: see resolved.yaml beside it."
+                f"{Path(config.run.dir) / LEDGER}: step {step} read other samples (plan hash {past[:12]}) than these "
+                f"keys give ({blend.past_hash(tokens)[:12]}). Give the run's own keys: see resolved.yaml beside it."
             )
         return windows, f"as {Path(config.run.dir) / LEDGER} says"
     batches = plan_batches(config.train, config.data.phases, 1)
