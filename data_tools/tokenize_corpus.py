@@ -79,14 +79,14 @@ def tokenize(
     )
     record.write_begun()
     run = partial(run_all, executor=executor, num_workers=num_workers)
-    with _alone(record.work / f"task_{task[0]}.lock"):
+    with lock(record.work / f"task_{task[0]}.lock"):
         total, read, tokens = sum(part.num_bytes for part in parts), 0, 0
         for num_bytes, num_tokens in run(job.tokenize_part, parts[task[0] :: task[1]]):
             read, tokens = read + num_bytes, tokens + num_tokens
             on_progress("tokenize", read, total, tokens)
         if not all(job.is_done(part.number) for part in parts):
             return None
-        with _alone(record.work / "shards.lock"):
+        with lock(record.work / "shards.lock"):
             shards = []
             for shard in run(job.write_shard, range(job.num_shards)):
                 shards += [shard] if shard is not None else []
@@ -124,7 +124,7 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold a lock; it is gone when this process is, however it ends."""
     with path.open("w") as file:
         try:
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bars = {what: progress.add_task(f"{what} {settings.source}", total=None, tokens="") for what in ("tokenize",)}
+        bars = {"tokenize": progress.add_task(f"tokenize {settings.source}", total=None, tokens="")}
 
         def show(what: str, done: int, total: int, tokens: int) -> None:
             if what not in bars:

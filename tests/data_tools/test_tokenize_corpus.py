@@ -27,7 +27,7 @@ from data_tools.__main__ import main
 from data_tools.documents import DocumentStream, find_files
 from data_tools.parts import plan_parts
 from data_tools.source_record import TokenizedSource, TokenizeSettings
-from data_tools.tokenize_corpus import _alone, tokenize
+from data_tools.tokenize_corpus import lock, tokenize
 from nemotron_train.data.shard import Shard
 from nemotron_train.data.shard_meta import read_manifest, read_meta
 from nemotron_train.errors import ConfigError, DataError
@@ -249,7 +249,7 @@ def test_two_jobs_at_the_same_work_do_not_meet(tmp_path: Path, tokenizer_path: P
     source = write_jsonl(tmp_path / "web.jsonl", texts(20))
     settings = TokenizeSettings("web", tokenizer_path)
     (tmp_path / "out" / ".web.work").mkdir(parents=True)
-    with _alone(tmp_path / "out" / ".web.work" / "task_0.lock"), pytest.raises(DataError, match="is locked"):
+    with lock(tmp_path / "out" / ".web.work" / "task_0.lock"), pytest.raises(DataError, match="is locked"):
         tokenize([source], tmp_path / "out", settings, 1)
     assert made_by([source], tmp_path / "out", settings, 1).documents > 0
 
