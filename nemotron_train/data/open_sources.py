@@ -4,7 +4,7 @@ import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +120,22 @@ class _Manifests:
         self._vocab_size = vocab_size
         self._wants_boundaries = data.document_boundary is DocumentBoundary.reset
         self._eod_token = data.eod_token
-        self._folder = cache(self._read_folder)
+        self._folder = cache(_read_folder)
+        self._checked: set[Path] = set()
+
+    @cached_property
+    def _tokenizer_hash(self) -> str:
+        return tokenizer_hash(self._tokenizer)
 
     def open(self, prefix: Path, files: OpenFiles) -> Shard:
         """Open a shard by what its manifest says; without one, by its index."""
         entry = self._folder(prefix.parent).get(prefix.name)
         if entry is None:
             return Shard(prefix, files)
-        facts, manifest = entry
+        path, facts, manifest = entry
+        if path not in self._checked:  # only those of shards that are read: others may lie in the same folder
+            self._check(path, manifest)
+            self._checked.add(path)
         return Shard(prefix, files, facts=facts, dtype=np.dtype(manifest.dtype))
 
     def check_complete(self, source: SourceConfig, patterns: Sequence[str], found: Sequence[Path]) -> None:
@@ -142,21 +150,11 @@ class _Manifests:
                         "Restore the shard, or tokenize the source anew."
                     )
 
-    def _read_folder(self, folder: Path) -> dict[str, tuple[ManifestShard, SourceManifest]]:
-        known = {}
-        for path in sorted(folder.glob("*.manifest.json")):
-            manifest = read_manifest(path)
-            if manifest is None:
-                continue
-            self._check(path, manifest)
-            known.update({shard.name: (shard, manifest) for shard in manifest.shards})
-        return known
-
     def _check(self, path: Path, manifest: SourceManifest) -> None:
-        if manifest.tokenizer_hash not in (None, tokenizer_hash(self._tokenizer)):
+        if manifest.tokenizer_hash not in (None, self._tokenizer_hash):
             raise DataError(
                 f"{path}: these shards were made with another tokenizer (hash {manifest.tokenizer_hash}) than "
-                f"{self._tokenizer} ({tokenizer_hash(self._tokenizer)}). Set data.tokenizer to that one."
+                f"{self._tokenizer} ({self._tokenizer_hash}). Set data.tokenizer to that one."
             )
         if manifest.max_id >= self._vocab_size:
             raise DataError(
@@ -172,6 +170,16 @@ class _Manifests:
                 f"(data.eod_token={self._eod_token}); these end with {manifest.eod_id}, all of them: "
                 f"{manifest.eod_terminated}. Tokenize the source with it, or set document_boundary=none."
             )
+
+
+def _read_folder(folder: Path) -> dict[str, tuple[Path, ManifestShard, SourceManifest]]:
+    """Return what the manifests of a folder say of each shard."""
+    known = {}
+    for path in sorted(folder.glob("*.manifest.json")):
+        manifest = read_manifest(path)
+        if manifest is not None:
+            known.update({shard.name: (path, shard, manifest) for shard in manifest.shards})
+    return known
 
 
 def _open_source(

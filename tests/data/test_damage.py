@@ -192,6 +192,15 @@ def test_a_vocabulary_smaller_than_the_shards_is_refused_at_the_start(tmp_path: 
         open_sources.open_data(small, 90, S)
 
 
+def test_manifests_of_other_sources_do_not_matter(tmp_path: Path) -> None:
+    """Fails if a source made with another tokenizer cannot lie in the same folder, although no key names it."""
+    write_source(tmp_path)
+    content = json.loads((tmp_path / "web.manifest.json").read_text())
+    content |= {"tokenizer_hash": "another", "source": "x", "shards": [{**content["shards"][0], "name": "x_00000"}]}
+    (tmp_path / "x.manifest.json").write_text(json.dumps(content))
+    open_sources.open_data(section(tmp_path), VOCAB, S)
+
+
 def test_other_tokens_of_the_same_number_are_another_past(tmp_path: Path) -> None:
     """Fails if a source that was tokenized anew with another seed is taken for the one a run has read."""
     hashes = []
