@@ -29,7 +29,7 @@ def phases_of(drawn: list) -> list[Phase]:
     return placed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(phases, seeds)
 def test_samples_and_tokens_are_each_others_inverse(drawn: list, seed: int) -> None:
     """Fails if a resume from consumed_tokens could begin at another sample."""
@@ -41,19 +41,21 @@ def test_samples_and_tokens_are_each_others_inverse(drawn: list, seed: int) -> N
         consumed += sum(span.count for span in plan.locate(sample).spans) - 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(phases, seeds)
 def test_no_token_is_used_twice_before_its_source_was_read_once(drawn: list, seed: int) -> None:
     """Fails if any sequence of phases, weights and lengths repeats or skips tokens within an epoch."""
     plan = plan_of(drawn, seed)
-    used = {name: set() for name in SOURCES}
+    used: dict[str, set[int]] = {name: set() for name in SOURCES}
+    over_end: set[str] = set()
     read, over = dict.fromkeys(SOURCES, 0), dict.fromkeys(SOURCES, 0)
     for sample in range(SAMPLES):
         location = plan.locate(sample)
         name = plan.source_names[location.source]
         left = sum(span.count for span in location.spans) - 1
-        if read[name] + left > SOURCES[name] - FIRST:
-            continue  # its first epoch is over
+        if name in over_end or read[name] + left > SOURCES[name] - FIRST:
+            over_end.add(name)  # its first epoch is over
+            continue
         read[name] += left
         for span in location.spans:
             for token in range(span.start, span.start + min(span.count, left)):
@@ -64,7 +66,7 @@ def test_no_token_is_used_twice_before_its_source_was_read_once(drawn: list, see
     assert all(count < FIRST * 2 for count in over.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(phases, phases, seeds, st.integers(0, 400))
 def test_the_past_does_not_depend_on_the_future(drawn: list, other: list, seed: int, cut: int) -> None:
     """Fails if replacing all that comes after a sample changes a sample before it, or its hash."""
