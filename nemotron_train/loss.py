@@ -28,19 +28,28 @@ class MeanLoss:
     tokens: int
 
 
-def sum_losses(loss_BS: Tensor, *, batch: Batch, num_sources: int) -> tuple[Tensor, Tensor, LossReport]:
+def sum_losses(
+    loss_BS: Tensor, *, batch: Batch, num_sources: int, tokens_in_step: Tensor
+) -> tuple[Tensor, Tensor, LossReport]:
     """Reduce one micro-batch's token losses.
 
+    Args:
+        tokens_in_step: real tokens of the global batch, a scalar.
+
     Returns:
-        what Megatron-Core's schedule takes from a loss function: (sum of nats to differentiate, number of real tokens
-        as an int tensor, report).
+        what Megatron-Core's schedule takes from a loss function: (this micro-batch's share of the mean loss, to
+        differentiate; number of real tokens as an int tensor; report).
     """
     nats_BS = loss_BS * batch.loss_mask_BS
     nats_K = torch.zeros(num_sources, dtype=torch.float32, device=loss_BS.device)
     tokens_K = torch.zeros_like(nats_K)
     nats_K.index_add_(0, batch.source_B, nats_BS.detach().sum(dim=1))
     tokens_K.index_add_(0, batch.source_B, batch.loss_mask_BS.sum(dim=1))
-    return nats_BS.sum(), batch.loss_mask_BS.sum().to(torch.int), LossReport(nats_K=nats_K, tokens_K=tokens_K)
+    return (
+        nats_BS.sum() / tokens_in_step,
+        batch.loss_mask_BS.sum().to(torch.int),
+        LossReport(nats_K=nats_K, tokens_K=tokens_K),
+    )
 
 
 def add_reports(reports: Sequence[LossReport], num_sources: int, device: torch.device) -> Tensor:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import tee
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nemotron_train.data.batch import Batch
 from nemotron_train.engine.optimizer import set_hyperparameters, take_step
@@ -49,10 +51,11 @@ def train_step(run: Runtime, batches: Sequence[Batch], consumed_tokens: int) -> 
 
 def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> list[LossReport]:
     """Take micro-batches through this rank's chunks; reports come back on the last pipeline stage."""
-    train = run.plan.config.train
+    train, num_sources = run.plan.config.train, len(run.plan.config.data.sources)
+    tokens_in_step = count_tokens(run, batches)
     on_device = (batch.to(run.platform.device) for batch in batches)
     return run_micro_batches(
-        partial(forward_step, num_sources=len(run.plan.config.data.sources)),
+        partial(forward_step, num_sources=num_sources, tokens_in_step=tokens_in_step),
         tee(on_device, len(run.chunks)),
         run.chunks,
         num_micro_batches=len(batches),
@@ -60,6 +63,14 @@ def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> li
         seq_length=batches[0].tokens_BS.shape[1],
         forward_only=forward_only,
     )
+
+
+def count_tokens(run: Runtime, batches: Sequence[Batch]) -> Tensor:
+    """Count the real tokens of the global batch, the same scalar on every rank; at least 1, for batches of padding."""
+    mine = sum(int(batch.loss_mask_BS.sum()) for batch in batches)
+    tokens = torch.tensor(mine, device=run.platform.device)
+    dist.all_reduce(tokens, group=run.groups.dp_cp)
+    return tokens.clamp(min=1)
 
 
 def average_over_ranks(run: Runtime, reports: Sequence[LossReport]) -> MeanLoss:

@@ -47,14 +47,14 @@ def hand_batch() -> Batch:
 
 
 def test_sums_by_source_equal_a_hand_count() -> None:
-    """Fails if padding counts, or a sample's loss goes to another source: nats 1+2 and 16 to source 2, 4 to source
-    0."""
+    """Fails if padding counts, a sample's loss goes to another source, or the step's tokens do not divide: nats 1+2 and 16 to source 2, 4 to
+    source 0."""
     loss_BS = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]], requires_grad=True)
-    total, count, report = sum_losses(loss_BS, batch=hand_batch(), num_sources=3)
+    total, count, report = sum_losses(loss_BS, batch=hand_batch(), num_sources=3, tokens_in_step=torch.tensor(2))
     total.backward()
-    assert total.item() == 23.0
+    assert total.item() == 11.5
     assert (count.item(), count.dtype) == (4, torch.int32)
-    assert torch.equal(loss_BS.grad, hand_batch().loss_mask_BS)
+    assert torch.equal(loss_BS.grad, hand_batch().loss_mask_BS / 2)
     assert report.nats_K.tolist() == [4.0, 0.0, 19.0]
     assert report.tokens_K.tolist() == [1.0, 0.0, 3.0]
     mean = mean_loss(add_reports([report, report], 3, torch.device("cpu")))

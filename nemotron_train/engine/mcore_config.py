@@ -1,10 +1,13 @@
 """The only place where our names become Megatron-Core's: `RunPlan` -> TransformerConfig, DDP and optimizer
 configuration."""
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig, StateFormat
 from nemotron_train.engine.layer_parts import LayerParts
@@ -31,6 +34,12 @@ def _fp8_names(config: RunConfig) -> dict[str, str]:
         return {}
     names = {Scaling.block: "blockwise", Scaling.current: "tensorwise", Scaling.delayed: "delayed"}
     return {"fp8": "hybrid" if recipe.wide_gradients else "e4m3", "fp8_recipe": names[recipe.scaling]}
+
+
+def _finish_gradients(chunks: list[nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Reduce gradients over ranks. Without the number of tokens, by which Megatron-Core would scale them in one more
+    pass over all gradients."""
+    finalize_model_grads(chunks, None, **kwargs)
 
 
 def build_transformer_config(plan: RunPlan, operations: Operations, parts: LayerParts) -> TransformerConfig:
@@ -77,9 +86,9 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         recompute_modules=["core_attn"],
         **_fp8_names(config),
         gradient_accumulation_fusion=parts.fuses_weight_gradients,
-        # The summed loss is divided once by the real tokens of the global batch (see forward.py).
+        # The loss comes divided by the real tokens of the global batch (see forward.py): nothing else may divide.
         calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
+        finalize_model_grads_func=_finish_gradients,
     )
 
 
