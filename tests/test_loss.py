@@ -47,8 +47,8 @@ def hand_batch() -> Batch:
 
 
 def test_sums_by_source_equal_a_hand_count() -> None:
-    """Fails if padding counts, a sample's loss goes to another source, or the step's tokens do not divide: nats 1+2 and 16 to source 2, 4 to
-    source 0."""
+    """Fails if padding counts, a sample's loss goes to another source, or the step's tokens do not divide: nats 1+2 and
+    16 to source 2, 4 to source 0."""
     loss_BS = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]], requires_grad=True)
     total, count, report = sum_losses(loss_BS, batch=hand_batch(), num_sources=3, tokens_in_step=torch.tensor(2))
     total.backward()

@@ -20,7 +20,7 @@ def gated_norm(y_RI: Tensor, z_RI: Tensor, weight_I: Tensor, groups: int, epsilo
     width = inner // groups
     _forward[(rows, groups)](
         y_RI, z_RI, weight_I, out, scale, z_RI.stride(0), epsilon,
-        I=inner, W=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        inner=inner, W=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return out, scale
 
@@ -35,7 +35,7 @@ def gated_norm_gradients(
     width = inner // groups
     _backward[(programs, groups)](
         dout_RI, y_RI, z_RI, weight_I, scale_RG, dy, dz_RI, d_weight, rows, z_RI.stride(0), dz_RI.stride(0),
-        I=inner, W=width, G=groups, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        inner=inner, W=width, G=groups, ROWS=triton.cdiv(rows, programs), BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return dy, d_weight.sum(0)
 
@@ -43,43 +43,44 @@ def gated_norm_gradients(
 @triton.jit
 def _forward(
     y: Any, z: Any, weight: Any, out: Any, scale: Any, z_row: Any, epsilon: Any,
-    I: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    inner: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = group * W + tl.arange(0, BLOCK)
     there = tl.arange(0, BLOCK) < W
     of_z = tl.load(z + row * z_row + columns, mask=there, other=0.0).to(tl.float32)
-    gated = tl.load(y + row * I + columns, mask=there, other=0.0).to(tl.float32) * of_z * tl.sigmoid(of_z)
+    gated = tl.load(y + row * inner + columns, mask=there, other=0.0).to(tl.float32) * of_z * tl.sigmoid(of_z)
     rstd = 1.0 / tl.sqrt(tl.sum(gated * gated) / W + epsilon)
     tl.store(scale + row * tl.num_programs(1) + group, rstd)
     normed = gated * rstd * tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + row * I + columns, normed.to(out.dtype.element_ty), mask=there)
+    tl.store(out + row * inner + columns, normed.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def _backward(
     dout: Any, y: Any, z: Any, weight: Any, scale: Any, dy: Any, dz: Any, d_weight: Any,
     rows: Any, z_row: Any, dz_row: Any,
-    I: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+    inner: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first, group = tl.program_id(0), tl.program_id(1)
     columns = group * W + tl.arange(0, BLOCK)
     there = tl.arange(0, BLOCK) < W
     of_weight = tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
     of_d_weight = tl.zeros([BLOCK], dtype=tl.float32)
-    for at in range(first, rows, tl.num_programs(0)):
-        row = tl.cast(at, tl.int64)
-        of_dout = tl.load(dout + row * I + columns, mask=there, other=0.0).to(tl.float32)
-        of_y = tl.load(y + row * I + columns, mask=there, other=0.0).to(tl.float32)
-        of_z = tl.load(z + row * z_row + columns, mask=there, other=0.0).to(tl.float32)
-        rstd = tl.load(scale + row * G + group)
+    for i in range(ROWS):
+        row = (first + i * tl.num_programs(0)).to(tl.int64)
+        mask = there & (row < rows)
+        of_dout = tl.load(dout + row * inner + columns, mask=mask, other=0.0).to(tl.float32)
+        of_y = tl.load(y + row * inner + columns, mask=mask, other=0.0).to(tl.float32)
+        of_z = tl.load(z + row * z_row + columns, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(scale + row * G + group, mask=row < rows, other=0.0)
         open_ = tl.sigmoid(of_z)
         gate = of_z * open_
         normed = of_y * gate * rstd
         of_d_weight += of_dout * normed
         d_normed = of_dout * of_weight
         d_gated = (d_normed - normed * (tl.sum(d_normed * normed) / W)) * rstd
-        tl.store(dy + row * I + columns, (d_gated * gate).to(dy.dtype.element_ty), mask=there)
+        tl.store(dy + row * inner + columns, (d_gated * gate).to(dy.dtype.element_ty), mask=mask)
         of_dz = d_gated * of_y * open_ * (1.0 + of_z * (1.0 - open_))
-        tl.store(dz + row * dz_row + columns, of_dz.to(dz.dtype.element_ty), mask=there)
-    tl.store(d_weight + first * I + columns, of_d_weight, mask=there)
+        tl.store(dz + row * dz_row + columns, of_dz.to(dz.dtype.element_ty), mask=mask)
+    tl.store(d_weight + first * inner + columns, of_d_weight, mask=there)

@@ -39,9 +39,9 @@ def _tile(base: Any, rows: Any, row_stride: Any, there: Any, width: tl.constexpr
 @triton.jit
 def carry_states(
     value: Any, key: Any, step: Any, decay: Any, entering: Any, out: Any, overlap: Any,
-    S: Any, chunks: Any, value_s: Any, value_b: Any, key_s: Any, key_b: Any, H: Any, heads_per_group: Any,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    REVERSE: tl.constexpr,
+    S: Any, value_s: Any, value_b: Any, key_s: Any, key_b: Any, H: Any, heads_per_group: Any,
+    chunks: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Carry one head's state, BLOCK_N of its N rows, along the sequence.
 
@@ -132,10 +132,7 @@ def projection_gradients(
     at_key, there_key = _tile(own_key + b * key_b + group * N, rows, key_s, there, N, N)
     at_other_key, _ = _tile(other_key + b * key_b + group * N, rows, key_s, there, N, N)
     mine = tl.arange(0, Q)
-    if OF_B:
-        related = mine[:, None] <= mine[None, :]
-    else:
-        related = mine[:, None] >= mine[None, :]
+    related = mine[:, None] <= mine[None, :] if OF_B else mine[:, None] >= mine[None, :]
     n, p = tl.arange(0, N), tl.arange(0, BLOCK_P)
     gradient = tl.zeros([Q, N], dtype=tl.float32)
     for k in range(HEADS):

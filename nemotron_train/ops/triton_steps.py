@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _places(S: Any, H: Any, chunks: Any, raw_s: Any, raw_b: Any, Q: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Where a chunk's tile [Q, BLOCK_H] lies: by token in the projection, by head elsewhere; and which of it is there."""
+    """Where a chunk's tile [Q, BLOCK_H] lies, by token in the projection, by head elsewhere; which of it is there."""
     c, heads, b = tl.program_id(0), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.program_id(2)
     rows = (c * Q + tl.arange(0, Q)).to(tl.int64)
     by_token = b * raw_b + rows[:, None] * raw_s + heads[None, :]

@@ -1,0 +1,230 @@
+"""The core of a Mamba-2 mixer on our Triton kernels, with the published kernel for the convolution; imported only where
+Triton is.
+
+The backward pass computes convolution and states again instead of keeping them: what is kept is the projection itself,
+the scan's output and some numbers a head or group of each token.
+
+Source: Mamba-2, arXiv 2405.21060. Shapes: as in `mamba_core.py`; c chunks of Q tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nemotron_train.ops import triton_scan, triton_steps
+from nemotron_train.ops.documents import Documents
+from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
+from nemotron_train.ops.triton_gated_norm import gated_norm, gated_norm_gradients
+
+_MANY_PROGRAMS = 264  # two for each multiprocessor of a Hopper GPU
+
+
+class Steps(NamedTuple):
+    """float32 [B, H, c Q], tokens beyond the sequence included."""
+
+    dt: Tensor
+    decay: Tensor  # sum of dt A from the start of the token's chunk
+
+
+def supports(sizes: MixerSizes) -> bool:
+    """Whether the kernels' tiles fit: chunk and state are powers of two from 16 to 128, heads have 128 channels at most."""
+    return sizes.chunk in (16, 32, 64, 128) and sizes.state in (16, 32, 64, 128) and sizes.head_dim <= 128
+
+
+def mamba_core(
+    zxBCdt_SBf: Tensor, weights: CoreWeights, sizes: MixerSizes, documents: Documents | None = None
+) -> Tensor:
+    """Return what `mamba_core.mamba_core` returns (S B I). Documents, and sizes that the kernels do not support, go to
+    the published kernels."""
+    if documents is not None or not supports(sizes):
+        from nemotron_train.ops import mamba_ssm_core
+
+        return mamba_ssm_core.mamba_core(zxBCdt_SBf, weights, sizes, documents)
+    return _MambaCore.apply(zxBCdt_SBf.contiguous(), *weights, sizes)
+
+
+class _MambaCore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, zxBCdt: Tensor, *arguments: Any) -> Tensor:
+        weights, sizes = CoreWeights(*arguments[:-1]), arguments[-1]
+        z, xBC, dt = _parts(zxBCdt, sizes)
+        steps = step_sizes(dt, weights, sizes.chunk)
+        y = scan(_convolve(xBC, weights), steps, weights.D_H, sizes)
+        out, scale = gated_norm(y.flatten(0, 1), z.flatten(0, 1), weights.norm_I, sizes.groups, sizes.epsilon)
+        ctx.save_for_backward(zxBCdt, *weights, *steps, y, scale)
+        ctx.sizes = sizes
+        return out.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+
+        zxBCdt, *rest = ctx.saved_tensors
+        weights, steps, (y, scale), sizes = CoreWeights(*rest[:6]), Steps(*rest[6:8]), rest[8:], ctx.sizes
+        z, xBC, dt = _parts(zxBCdt, sizes)
+        d_zxBCdt = torch.empty_like(zxBCdt)
+        dz, dxBC, ddt = _parts(d_zxBCdt, sizes)
+        rows = [t.flatten(0, 1) for t in (dout.contiguous(), y, z)]
+        dy, d_norm = gated_norm_gradients(*rows, weights.norm_I, scale, dz.flatten(0, 1))
+        d_convolved, d_steps = scan_gradients(
+            dy.view_as(y), _convolve(xBC, weights), dt, steps, weights, sizes, d_raw_dt=ddt
+        )
+        _, d_conv, d_conv_bias, _ = causal_conv1d_bwd_function(
+            _channels_first(xBC), weights.conv_CK, weights.conv_bias_C, _channels_first(d_convolved),
+            None, None, None, _channels_first(dxBC), False, True,
+        )  # fmt: skip
+        gradients = CoreWeights(d_conv, d_conv_bias, *d_steps, d_norm)
+        return d_zxBCdt, *(d.to(weight.dtype) for d, weight in zip(gradients, weights, strict=True)), None
+
+
+def step_sizes(raw_dt_SBH: Tensor, weights: CoreWeights, chunk: int) -> Steps:
+    """Return softplus(raw + bias) and the decay it adds up to."""
+    seq, batch, heads = raw_dt_SBH.shape
+    chunks = triton.cdiv(seq, chunk)
+    shape = (batch, heads, chunks * chunk)
+    steps = Steps(*(torch.empty(shape, dtype=torch.float32, device=raw_dt_SBH.device) for _ in range(2)))
+    block = min(16, triton.next_power_of_2(heads))
+    triton_steps.step_sizes[(chunks, triton.cdiv(heads, block), batch)](
+        raw_dt_SBH, weights.dt_bias_H, weights.A_H, *steps, seq, heads, chunks, *raw_dt_SBH.stride()[:2],
+        Q=chunk, BLOCK_H=block,
+    )  # fmt: skip
+    return steps
+
+
+def scan(xBC_SBC: Tensor, steps: Steps, D_H: Tensor, sizes: MixerSizes) -> Tensor:
+    """Return y (S B I), in the dtype of xBC."""
+    seq, batch, _ = xBC_SBC.shape
+    x, B, C = _split(xBC_SBC, sizes)
+    y = torch.empty(seq, batch, sizes.inner, dtype=xBC_SBC.dtype, device=xBC_SBC.device)
+    chunks, shared, blocks = _layout(seq, sizes)
+    heads = _heads_at_once(sizes, chunks * batch)
+    triton_scan.outputs[(chunks, sizes.heads // heads, batch)](
+        x, B, C, *steps, D_H, _entering(xBC_SBC, steps, sizes), y,
+        seq, chunks, *x.stride()[:2], *y.stride()[:2], sizes.heads, shared,
+        **blocks, HEADS=heads, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return y
+
+
+def scan_gradients(
+    dy_SBI: Tensor,
+    xBC_SBC: Tensor,
+    raw_dt_SBH: Tensor,
+    steps: Steps,
+    weights: CoreWeights,
+    sizes: MixerSizes,
+    *,
+    d_raw_dt: Tensor,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Fill d_raw_dt (S B H); return the gradients of xBC (S B C) and, in float32, of the bias of dt, A and D (each H)."""
+    seq, batch, _ = xBC_SBC.shape
+    x, B, C = _split(xBC_SBC, sizes)
+    d_xBC = torch.empty_like(xBC_SBC)
+    dx, dB, dC = _split(d_xBC, sizes)
+    chunks, shared, blocks = _layout(seq, sizes)
+    entering = _entering(xBC_SBC, steps, sizes)
+    leaving, overlap = _leaving(dy_SBI, C, steps, entering, sizes)
+    d_entering, d_leaving, d_step, d_decay = (torch.empty_like(steps.dt) for _ in range(4))
+
+    roles = (
+        (dC, dy_SBI, x, C, B, entering, d_entering, False),
+        (dB, x, dy_SBI, B, C, leaving, d_leaving, True),
+    )
+    for out, own, other, own_key, other_key, states, carried, of_B in roles:
+        heads = _heads_at_once(sizes, chunks * batch)
+        splits = shared // heads
+        sums = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+        triton_scan.projection_gradients[(chunks, sizes.heads // heads, batch)](
+            own, other, own_key, other_key, *steps, states, sums, carried,
+            seq, chunks, *own.stride()[:2], *other.stride()[:2], *own_key.stride()[:2],
+            0 if splits == 1 else sums.stride(0), *sums.stride()[-3:-1], sizes.heads, shared,
+            **blocks, HEADS=heads, OF_B=of_B, num_warps=8, num_stages=1,
+        )  # fmt: skip
+        if splits > 1:
+            out.copy_(sums.sum(0))
+
+    heads = _heads_at_once(sizes, chunks * batch)
+    d_D = torch.empty(batch, chunks, sizes.heads, dtype=torch.float32, device=dy_SBI.device)
+    triton_scan.input_gradients[(chunks, sizes.heads // heads, batch)](
+        x, B, C, dy_SBI, *steps, weights.D_H, leaving, dx, d_step, d_decay, d_D,
+        seq, chunks, *x.stride()[:2], *dy_SBI.stride()[:2], sizes.heads, shared,
+        **blocks, HEADS=heads, num_warps=8, num_stages=1,
+    )  # fmt: skip
+
+    d_bias, d_A = torch.empty_like(d_D), torch.empty_like(d_D)
+    block = min(16, triton.next_power_of_2(sizes.heads))
+    triton_steps.step_gradients[(chunks, triton.cdiv(sizes.heads, block), batch)](
+        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, d_step, d_decay, d_entering, d_leaving, overlap,
+        d_raw_dt, d_bias, d_A, seq, sizes.heads, chunks, *raw_dt_SBH.stride()[:2],
+        Q=sizes.chunk, BLOCK_H=block, PARTS=overlap.shape[-1],
+    )  # fmt: skip
+    return d_xBC, (d_bias.sum((0, 1)), d_A.sum((0, 1)), d_D.sum((0, 1)))
+
+
+def _entering(xBC: Tensor, steps: Steps, sizes: MixerSizes) -> Tensor:
+    """Compute the state that enters each chunk [B, c, H, N, P]."""
+    x, B, _ = _split(xBC, sizes)
+    return _carry(x, B, steps, sizes, entering=None)[0]
+
+
+def _leaving(dy: Tensor, C: Tensor, steps: Steps, entering: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of the state that leaves each chunk [B, c, H, N, P], and its overlap with what was handed
+    on [B, H, c, parts]."""
+    return _carry(dy, C, steps, sizes, entering=entering)
+
+
+def _carry(
+    value: Tensor, key: Tensor, steps: Steps, sizes: MixerSizes, entering: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    seq, batch, _ = value.shape
+    chunks, shared, blocks = _layout(seq, sizes)
+    states = value.new_empty(batch, chunks, sizes.heads, sizes.state, sizes.head_dim)
+    block = min(64, sizes.state)
+    parts = sizes.state // block
+    overlap = torch.empty(batch, sizes.heads, chunks, parts, dtype=torch.float32, device=value.device)
+    triton_scan.carry_states[(parts, sizes.heads, batch)](
+        value, key, *steps, states if entering is None else entering, states, overlap,
+        seq, *value.stride()[:2], *key.stride()[:2], sizes.heads, shared,
+        chunks=chunks, **blocks, BLOCK_N=block, REVERSE=entering is not None, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return states, overlap
+
+
+def _layout(seq_length: int, sizes: MixerSizes) -> tuple[int, int, dict[str, int]]:
+    """Return the number of chunks, heads of a group, and the kernels' tile sizes."""
+    blocks = dict(
+        P=sizes.head_dim, N=sizes.state, Q=sizes.chunk, BLOCK_P=max(16, triton.next_power_of_2(sizes.head_dim))
+    )
+    return triton.cdiv(seq_length, sizes.chunk), sizes.heads // sizes.groups, blocks
+
+
+def _heads_at_once(sizes: MixerSizes, chunks: int) -> int:
+    """Return how many heads of a group one program takes: all, or fewer where that leaves too few programs."""
+    heads = sizes.heads // sizes.groups
+    while heads % 2 == 0 and chunks * sizes.heads // heads < _MANY_PROGRAMS:
+        heads //= 2
+    return heads
+
+
+def _convolve(xBC_SBC: Tensor, weights: CoreWeights) -> Tensor:
+    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
+
+    convolved = causal_conv1d_fwd_function(
+        _channels_first(xBC_SBC), weights.conv_CK, weights.conv_bias_C, None, None, None, True
+    )
+    return convolved.permute(2, 0, 1)
+
+
+def _channels_first(t_SBC: Tensor) -> Tensor:
+    return t_SBC.permute(1, 2, 0)
+
+
+def _parts(zxBCdt_SBf: Tensor, sizes: MixerSizes) -> tuple[Tensor, ...]:
+    return zxBCdt_SBf.split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
+
+
+def _split(xBC_SBC: Tensor, sizes: MixerSizes) -> tuple[Tensor, ...]:
+    of_groups = sizes.groups * sizes.state
+    return xBC_SBC.split([sizes.inner, of_groups, of_groups], dim=-1)
