@@ -29,7 +29,7 @@ class Steps(NamedTuple):
 
 
 def supports(sizes: MixerSizes) -> bool:
-    """Whether the kernels' tiles fit: chunk and state are powers of two from 16 to 128, heads have 128 channels at most."""
+    """Whether the kernels' tiles fit: chunk and state powers of two from 16 to 128, at most 128 channels a head."""
     return sizes.chunk in (16, 32, 64, 128) and sizes.state in (16, 32, 64, 128) and sizes.head_dim <= 128
 
 
@@ -118,7 +118,7 @@ def scan_gradients(
     *,
     d_raw_dt: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Fill d_raw_dt (S B H); return the gradients of xBC (S B C) and, in float32, of the bias of dt, A and D (each H)."""
+    """Fill d_raw_dt (S B H); return the gradients of xBC (S B C) and, in float32, of the bias of dt, A and D (H)."""
     seq, batch, _ = xBC_SBC.shape
     x, B, C = _split(xBC_SBC, sizes)
     d_xBC = torch.empty_like(xBC_SBC)
@@ -126,21 +126,22 @@ def scan_gradients(
     chunks, shared, blocks = _layout(seq, sizes)
     entering = _entering(xBC_SBC, steps, sizes)
     leaving, overlap = _leaving(dy_SBI, C, steps, entering, sizes)
-    d_entering, d_leaving, d_step, d_decay = (torch.empty_like(steps.dt) for _ in range(4))
+    pulled, received, pulling, handed, d_step = (torch.empty_like(steps.dt) for _ in range(5))
 
+    tile = min(64, sizes.chunk)
     roles = (
-        (dC, dy_SBI, x, C, B, entering, d_entering, False),
-        (dB, x, dy_SBI, B, C, leaving, d_leaving, True),
+        (dC, dy_SBI, x, C, B, entering, pulled, received, False),
+        (dB, x, dy_SBI, B, C, leaving, pulling, handed, True),
     )
-    for out, own, other, own_key, other_key, states, carried, of_B in roles:
+    for out, own, other, own_key, other_key, states, within, carried, of_B in roles:
         heads = _heads_at_once(sizes, chunks * batch)
         splits = shared // heads
         sums = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-        triton_scan.projection_gradients[(chunks, sizes.heads // heads, batch)](
-            own, other, own_key, other_key, *steps, states, sums, carried,
+        triton_scan.projection_gradients[(chunks * (sizes.chunk // tile), sizes.heads // heads, batch)](
+            own, other, own_key, other_key, *steps, states, sums, within, carried,
             seq, chunks, *own.stride()[:2], *other.stride()[:2], *own_key.stride()[:2],
             0 if splits == 1 else sums.stride(0), *sums.stride()[-3:-1], sizes.heads, shared,
-            **blocks, HEADS=heads, OF_B=of_B, num_warps=8, num_stages=1,
+            **blocks, T=tile, HEADS=heads, OF_B=of_B, num_warps=4, num_stages=1,
         )  # fmt: skip
         if splits > 1:
             out.copy_(sums.sum(0))
@@ -148,7 +149,7 @@ def scan_gradients(
     heads = _heads_at_once(sizes, chunks * batch)
     d_D = torch.empty(batch, chunks, sizes.heads, dtype=torch.float32, device=dy_SBI.device)
     triton_scan.input_gradients[(chunks, sizes.heads // heads, batch)](
-        x, B, C, dy_SBI, *steps, weights.D_H, leaving, dx, d_step, d_decay, d_D,
+        x, B, C, dy_SBI, *steps, weights.D_H, leaving, dx, d_step, d_D,
         seq, chunks, *x.stride()[:2], *dy_SBI.stride()[:2], sizes.heads, shared,
         **blocks, HEADS=heads, num_warps=8, num_stages=1,
     )  # fmt: skip
@@ -156,7 +157,8 @@ def scan_gradients(
     d_bias, d_A = torch.empty_like(d_D), torch.empty_like(d_D)
     block = min(16, triton.next_power_of_2(sizes.heads))
     triton_steps.step_gradients[(chunks, triton.cdiv(sizes.heads, block), batch)](
-        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, d_step, d_decay, d_entering, d_leaving, overlap,
+        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, d_step, pulled, received,
+        pulling, handed, overlap,
         d_raw_dt, d_bias, d_A, seq, sizes.heads, chunks, *raw_dt_SBH.stride()[:2],
         Q=sizes.chunk, BLOCK_H=block, PARTS=overlap.shape[-1],
     )  # fmt: skip

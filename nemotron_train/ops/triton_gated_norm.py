@@ -3,8 +3,6 @@
 Source: Mamba-2, arXiv 2405.21060, section 7. Shapes: R rows of tokens, G groups, W channels of a group.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -35,14 +33,15 @@ def gated_norm_gradients(
     width = inner // groups
     _backward[(programs, groups)](
         dout_RI, y_RI, z_RI, weight_I, scale_RG, dy, dz_RI, d_weight, rows, z_RI.stride(0), dz_RI.stride(0),
-        inner=inner, W=width, G=groups, ROWS=triton.cdiv(rows, programs), BLOCK=triton.next_power_of_2(width), num_warps=8,
+        inner=inner, W=width, G=groups, ROWS=triton.cdiv(rows, programs),
+        BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return dy, d_weight.sum(0)
 
 
 @triton.jit
 def _forward(
-    y: Any, z: Any, weight: Any, out: Any, scale: Any, z_row: Any, epsilon: Any,
+    y, z, weight, out, scale, z_row, epsilon,
     inner: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -58,8 +57,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dout: Any, y: Any, z: Any, weight: Any, scale: Any, dy: Any, dz: Any, d_weight: Any,
-    rows: Any, z_row: Any, dz_row: Any,
+    dout, y, z, weight, scale, dy, dz, d_weight,
+    rows, z_row, dz_row,
     inner: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first, group = tl.program_id(0), tl.program_id(1)

@@ -16,21 +16,19 @@ Source: Mamba-2, arXiv 2405.21060, section 6. Shapes: R = S times micro-batch ro
 s B + b), H heads, G groups, P head dim, N state dim, Q tokens of a chunk, c chunks.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _chunk_rows(chunk: Any, S: Any, Q: tl.constexpr):
+def _chunk_rows(chunk, S, Q: tl.constexpr):
     """Positions of a chunk's tokens in the sequence, and which of them are there."""
     rows = chunk * Q + tl.arange(0, Q)
     return rows.to(tl.int64), rows < S
 
 
 @triton.jit
-def _tile(base: Any, rows: Any, row_stride: Any, there: Any, width: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(base, rows, row_stride, there, width: tl.constexpr, BLOCK: tl.constexpr):
     """Pointers to `width` neighbours in each row, and which of a block of them are there."""
     columns = tl.arange(0, BLOCK)
     return base + rows[:, None] * row_stride + columns[None, :], there[:, None] & (columns < width)[None, :]
@@ -38,8 +36,8 @@ def _tile(base: Any, rows: Any, row_stride: Any, there: Any, width: tl.constexpr
 
 @triton.jit
 def carry_states(
-    value: Any, key: Any, step: Any, decay: Any, entering: Any, out: Any, overlap: Any,
-    S: Any, value_s: Any, value_b: Any, key_s: Any, key_b: Any, H: Any, heads_per_group: Any,
+    value, key, step, decay, entering, out, overlap,
+    S, value_s, value_b, key_s, key_b, H, heads_per_group,
     chunks: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +77,8 @@ def carry_states(
 
 @triton.jit
 def outputs(
-    x: Any, B: Any, C: Any, step: Any, decay: Any, D: Any, entering: Any, y: Any,
-    S: Any, chunks: Any, x_s: Any, x_b: Any, y_s: Any, y_b: Any, H: Any, heads_per_group: Any,
+    x, B, C, step, decay, D, entering, y,
+    S, chunks, x_s, x_b, y_s, y_b, H, heads_per_group,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk and HEADS heads of one group."""
@@ -112,52 +110,58 @@ def outputs(
 
 @triton.jit
 def projection_gradients(
-    own: Any, other: Any, own_key: Any, other_key: Any, step: Any, decay: Any, states: Any, out: Any, carried: Any,
-    S: Any, chunks: Any, own_s: Any, own_b: Any, other_s: Any, other_b: Any, key_s: Any, key_b: Any,
-    out_split: Any, out_s: Any, out_b: Any, H: Any, heads_per_group: Any,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
+    own, other, own_key, other_key, step, decay, states, out, within, carried,
+    S, chunks, own_s, own_b, other_s, other_b, key_s, key_b, out_split, out_s, out_b, H, heads_per_group,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
     OF_B: tl.constexpr,
 ):  # fmt: skip
-    """dC, or OF_B, dB, of one chunk and group, summed over HEADS of its heads.
+    """dC, or OF_B, dB, of T tokens of a chunk and one group, summed over HEADS of its heads.
 
     dC: own is dy, other x, own_key C, other_key B, states those that enter. dB: own is x, other dy, own_key B,
-    other_key C, states the gradients of those that leave. carried[b, h, s] is the part of the gradient that comes by
-    the state, times own_key.
+    other_key C, states the gradients of those that leave. By token and head [B, H, c Q], what the gradient gives times
+    own_key, which is the gradient of the decay on its way: `carried` by the state, and `within` the chunk by all tokens
+    but the token itself, whose pull on itself does not pass through the decay.
     """
-    c, b = tl.program_id(0), tl.program_id(2)
+    tiles: tl.constexpr = Q // T
+    c, tile, b = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(2)
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     split = (first_head % heads_per_group) // HEADS
-    rows, there = _chunk_rows(c, S, Q)
+    rows, there = _chunk_rows(c * tiles + tile, S, T)
     at_key, there_key = _tile(own_key + b * key_b + group * N, rows, key_s, there, N, N)
-    at_other_key, _ = _tile(other_key + b * key_b + group * N, rows, key_s, there, N, N)
-    mine = tl.arange(0, Q)
-    related = mine[:, None] <= mine[None, :] if OF_B else mine[:, None] >= mine[None, :]
+    of_key = tl.load(at_key, mask=there_key, other=0.0)
     n, p = tl.arange(0, N), tl.arange(0, BLOCK_P)
-    gradient = tl.zeros([Q, N], dtype=tl.float32)
+    gradient = tl.zeros([T, N], dtype=tl.float32)
     for k in range(HEADS):
         h = first_head + k
         of_head = (b * H + h).to(tl.int64) * chunks * Q
         a, dt = tl.load(decay + of_head + rows), tl.load(step + of_head + rows)
-        at_own, there_p = _tile(own + b * own_b + h * P, rows, own_s, there, P, BLOCK_P)
-        at_other, _ = _tile(other + b * other_b + h * P, rows, other_s, there, P, BLOCK_P)
-        of_own, of_other = tl.load(at_own, mask=there_p, other=0.0), tl.load(at_other, mask=there_p, other=0.0)
-        if OF_B:
-            distance = a[None, :] - a[:, None]
-            carry = tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a) * dt
-        else:
-            distance = a[:, None] - a[None, :]
-            carry = tl.exp(a)
-        weights = tl.dot(of_own, tl.trans(of_other), input_precision="ieee")
-        weights *= tl.exp(tl.where(related, distance, float("-inf")))
-        weights *= dt[:, None] if OF_B else dt[None, :]
-        of_other_key = tl.load(at_other_key, mask=there_key, other=0.0)
-        gradient = tl.dot(weights.to(of_own.dtype), of_other_key, acc=gradient, input_precision="ieee")
+        at_own, there_own = _tile(own + b * own_b + h * P, rows, own_s, there, P, BLOCK_P)
+        of_own = tl.load(at_own, mask=there_own, other=0.0)
+        by_others = tl.zeros([T], dtype=tl.float32)
+        for o in tl.static_range(tiles):
+            if (o >= tile) if OF_B else (o <= tile):
+                o_rows, o_there = _chunk_rows(c * tiles + o, S, T)
+                o_a, o_dt = tl.load(decay + of_head + o_rows), tl.load(step + of_head + o_rows)
+                at_other, there_other = _tile(other + b * other_b + h * P, o_rows, other_s, o_there, P, BLOCK_P)
+                of_other = tl.load(at_other, mask=there_other, other=0.0)
+                at_key, there_o_key = _tile(other_key + b * key_b + group * N, o_rows, key_s, o_there, N, N)
+                of_other_key = tl.load(at_key, mask=there_o_key, other=0.0)
+                ahead = rows[:, None] - o_rows[None, :]
+                distance = o_a[None, :] - a[:, None] if OF_B else a[:, None] - o_a[None, :]
+                related = ahead <= 0 if OF_B else ahead >= 0
+                weights = tl.dot(of_own, tl.trans(of_other), input_precision="ieee")
+                weights *= tl.exp(tl.where(related, distance, float("-inf")))
+                weights *= dt[:, None] if OF_B else o_dt[None, :]
+                gradient = tl.dot(weights.to(of_own.dtype), of_other_key, acc=gradient, input_precision="ieee")
+                pulls = tl.dot(of_key, tl.trans(of_other_key), input_precision="ieee") * weights
+                by_others += tl.sum(tl.where(ahead == 0, 0.0, pulls), axis=1)
+        tl.store(within + of_head + rows, by_others)
         state_at = ((b * chunks + c).to(tl.int64) * H + h) * N * P + n[:, None] * P + p[None, :]
         state = tl.load(states + state_at, mask=(p < P)[None, :], other=0.0)
-        by_state = tl.dot(of_own, tl.trans(state), input_precision="ieee") * carry[:, None]
+        by_state = tl.dot(of_own, tl.trans(state), input_precision="ieee")
+        by_state *= (tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a) * dt if OF_B else tl.exp(a))[:, None]
         gradient += by_state
-        of_key = tl.load(at_key, mask=there_key, other=0.0)
         tl.store(carried + of_head + rows, tl.sum(by_state * of_key, axis=1))
     at_out, _ = _tile(out + split * out_split + b * out_b + group * N, rows, out_s, there, N, N)
     tl.store(at_out, gradient.to(out.dtype.element_ty), mask=there_key)
@@ -165,15 +169,13 @@ def projection_gradients(
 
 @triton.jit
 def input_gradients(
-    x: Any, B: Any, C: Any, dy: Any, step: Any, decay: Any, D: Any, leaving: Any,
-    dx: Any, d_step: Any, d_decay: Any, d_D: Any,
-    S: Any, chunks: Any, x_s: Any, x_b: Any, y_s: Any, y_b: Any, H: Any, heads_per_group: Any,
+    x, B, C, dy, step, decay, D, leaving, dx, d_step, d_D,
+    S, chunks, x_s, x_b, y_s, y_b, H, heads_per_group,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk and HEADS heads of one group.
 
-    And by token: d_step, the gradient of dt where it scales x; d_decay, the gradient of a_i as far as it comes from
-    other tokens of the chunk. d_D[b, c, h].
+    And d_step [B, H, c Q], the gradient of dt where it scales x, and d_D [B, c, H].
     """
     c, first_head, b = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
     rows, there = _chunk_rows(c, S, Q)
@@ -183,27 +185,24 @@ def input_gradients(
     of_B = tl.load(at_B, mask=there_B, other=0.0)
     BC = tl.dot(of_B, tl.trans(tl.load(at_C, mask=there_B, other=0.0)), input_precision="ieee")
     j = tl.arange(0, Q)
-    later, itself = j[:, None] <= j[None, :], j[:, None] == j[None, :]
+    later = j[:, None] <= j[None, :]
     n, p = tl.arange(0, N), tl.arange(0, BLOCK_P)
     for k in range(HEADS):
         h = first_head + k
         of_head = (b * H + h).to(tl.int64) * chunks * Q
         a, dt = tl.load(decay + of_head + rows), tl.load(step + of_head + rows)
-        last = tl.load(decay + of_head + c * Q + Q - 1)
-        at_x, there_x = _tile(x + b * x_b + h * P, rows, x_s, there, P, BLOCK_P)
-        at_dy, _ = _tile(dy + b * y_b + h * P, rows, y_s, there, P, BLOCK_P)
-        x_h, dy_h = tl.load(at_x, mask=there_x, other=0.0), tl.load(at_dy, mask=there_x, other=0.0)
-        weights = BC * tl.exp(tl.where(later, a[None, :] - a[:, None], float("-inf")))
-        # A token's pull on itself does not pass through the decay: left out, not cancelled.
-        pull = tl.dot(x_h, tl.trans(dy_h), input_precision="ieee") * tl.where(itself, 0.0, weights) * dt[:, None]
-        tl.store(d_decay + of_head + rows, tl.sum(pull, axis=0) - tl.sum(pull, axis=1))
         state_at = ((b * chunks + c).to(tl.int64) * H + h) * N * P + n[:, None] * P + p[None, :]
         state = tl.load(leaving + state_at, mask=(p < P)[None, :], other=0.0)
-        d_scaled = tl.dot(of_B, state, input_precision="ieee") * tl.exp(last - a)[:, None]
+        at_dy, there_x = _tile(dy + b * y_b + h * P, rows, y_s, there, P, BLOCK_P)
+        dy_h = tl.load(at_dy, mask=there_x, other=0.0)
+        d_scaled = tl.dot(of_B, state, input_precision="ieee")
+        d_scaled *= tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a)[:, None]
+        weights = BC * tl.exp(tl.where(later, a[None, :] - a[:, None], float("-inf")))
         d_scaled = tl.dot(weights.to(dy_h.dtype), dy_h, acc=d_scaled, input_precision="ieee")
+        at_x, _ = _tile(x + b * x_b + h * P, rows, x_s, there, P, BLOCK_P)
+        x_h = tl.load(at_x, mask=there_x, other=0.0).to(tl.float32)
         tl.store(d_step + of_head + rows, tl.sum(d_scaled * x_h, axis=1))
-        d_skip = x_h.to(tl.float32) * dy_h
-        tl.store(d_D + (b * chunks + c) * H + h, tl.sum(d_skip))
+        tl.store(d_D + (b * chunks + c) * H + h, tl.sum(x_h * dy_h))
         dx_h = d_scaled * dt[:, None] + tl.load(D + h) * dy_h
         at_dx, _ = _tile(dx + b * x_b + h * P, rows, x_s, there, P, BLOCK_P)
         tl.store(at_dx, dx_h.to(dx.dtype.element_ty), mask=there_x)

@@ -5,14 +5,12 @@ Shapes: as in `triton_scan.py`; dt and a are float32 [B, H, c Q]: of each head t
 beyond the sequence's end.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _places(S: Any, H: Any, chunks: Any, raw_s: Any, raw_b: Any, Q: tl.constexpr, BLOCK_H: tl.constexpr):
+def _places(S, H, chunks, raw_s, raw_b, Q: tl.constexpr, BLOCK_H: tl.constexpr):
     """Where a chunk's tile [Q, BLOCK_H] lies, by token in the projection, by head elsewhere; which of it is there."""
     c, heads, b = tl.program_id(0), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.program_id(2)
     rows = (c * Q + tl.arange(0, Q)).to(tl.int64)
@@ -23,7 +21,7 @@ def _places(S: Any, H: Any, chunks: Any, raw_s: Any, raw_b: Any, Q: tl.constexpr
 
 @triton.jit
 def step_sizes(
-    raw: Any, bias: Any, A: Any, step: Any, decay: Any, S: Any, H: Any, chunks: Any, raw_s: Any, raw_b: Any,
+    raw, bias, A, step, decay, S, H, chunks, raw_s, raw_b,
     Q: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     by_token, by_head, there, heads = _places(S, H, chunks, raw_s, raw_b, Q, BLOCK_H)
@@ -39,21 +37,23 @@ def step_sizes(
 
 @triton.jit
 def step_gradients(
-    raw: Any, bias: Any, A: Any, step: Any, d_step: Any, d_decay: Any, d_entering: Any, d_leaving: Any, overlap: Any,
-    d_raw: Any, d_bias: Any, d_A: Any, S: Any, H: Any, chunks: Any, raw_s: Any, raw_b: Any,
+    raw, bias, A, step, d_step, pulled, received, pulling, handed, overlap,
+    d_raw, d_bias, d_A, S, H, chunks, raw_s, raw_b,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the raw step sizes, and by chunk of bias and A [B, c, H].
 
-    What token k adds to the decay acts on every pair of tokens that it lies between: on a state that enters and is read
-    at or after k (d_entering), on a token before k that is handed on (d_leaving), on a state handed on as a whole
-    (overlap), and on pairs within the chunk (d_decay).
+    What token k adds to the decay acts on everything that passes it: what tokens at or after k got from tokens before
+    it in the chunk (`pulled`, less `pulling`, what tokens at or after k gave) and from the state that entered
+    (`received`), what tokens before k handed on to the state that leaves (`handed`), and what was handed on of the
+    state as a whole (`overlap`, one number a chunk and head, in parts).
     """
     by_token, by_head, there, heads = _places(S, H, chunks, raw_s, raw_b, Q, BLOCK_H)
     c, b = tl.program_id(0), tl.program_id(2)
-    from_here = tl.load(d_decay + by_head, mask=there, other=0.0) + tl.load(d_entering + by_head, mask=there, other=0.0)
-    handed = tl.load(d_leaving + by_head, mask=there, other=0.0)
-    d_dA = tl.cumsum(from_here, axis=0, reverse=True) + tl.cumsum(handed, axis=0) - handed
+    from_here = tl.load(pulled + by_head, mask=there, other=0.0) - tl.load(pulling + by_head, mask=there, other=0.0)
+    from_here += tl.load(received + by_head, mask=there, other=0.0)
+    until_here = tl.load(handed + by_head, mask=there, other=0.0)
+    d_dA = tl.cumsum(from_here, axis=0, reverse=True) + tl.cumsum(until_here, axis=0) - until_here
     for part in range(PARTS):
         at = ((b * H + heads) * chunks + c) * PARTS + part
         d_dA += tl.load(overlap + at, mask=heads < H, other=0.0)[None, :]
