@@ -52,7 +52,17 @@ def _mamba_ssm() -> Operations:
     )
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[], Operations]] = {"torch": lambda: _TORCH, "mamba_ssm": _mamba_ssm}
+def _triton() -> Operations:
+    from nemotron_train.ops import triton_core
+
+    return replace(_mamba_ssm(), name="triton", mamba_core=triton_core.mamba_core)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[[], Operations]] = {
+    "torch": lambda: _TORCH,
+    "mamba_ssm": _mamba_ssm,
+    "triton": _triton,
+}
 
 
 def operations(name: str) -> Operations:
@@ -76,4 +86,4 @@ def best_operations(device: torch.device, dtype: torch.dtype) -> Operations:
     """Return the fastest implementation that is there for weights of `dtype` on `device`."""
     if device.type == "cpu" or dtype is torch.float32:
         return operations("torch")
-    return operations("mamba_ssm")
+    return operations("triton")

@@ -98,13 +98,7 @@ def scan(xBC_SBC: Tensor, steps: Steps, D_H: Tensor, sizes: MixerSizes) -> Tenso
     seq, batch, _ = xBC_SBC.shape
     x, B, C = _split(xBC_SBC, sizes)
     y = torch.empty(seq, batch, sizes.inner, dtype=xBC_SBC.dtype, device=xBC_SBC.device)
-    chunks, shared, blocks = _layout(seq, sizes)
-    heads = _heads_at_once(sizes, chunks * batch)
-    triton_scan.outputs[(chunks, sizes.heads // heads, batch)](
-        x, B, C, *steps, D_H, _entering(xBC_SBC, steps, sizes), y,
-        seq, chunks, *x.stride()[:2], *y.stride()[:2], sizes.heads, shared,
-        **blocks, HEADS=heads, num_warps=8, num_stages=2,
-    )  # fmt: skip
+    _outputs(x, C, B, steps, D_H, _entering(xBC_SBC, steps, sizes), y, sizes, reverse=False)
     return y
 
 
@@ -123,46 +117,76 @@ def scan_gradients(
     x, B, C = _split(xBC_SBC, sizes)
     d_xBC = torch.empty_like(xBC_SBC)
     dx, dB, dC = _split(d_xBC, sizes)
-    chunks, shared, blocks = _layout(seq, sizes)
+    chunks, _, _ = _layout(seq, sizes)
     entering = _entering(xBC_SBC, steps, sizes)
     leaving, overlap = _leaving(dy_SBI, C, steps, entering, sizes)
-    pulled, received, pulling, handed, d_step = (torch.empty_like(steps.dt) for _ in range(5))
+    _outputs(dy_SBI, B, C, steps, weights.D_H, leaving, dx, sizes, reverse=True)
+    pulled, received, dy_times_x = _projection_gradients(dy_SBI, x, C, B, steps, entering, dC, sizes, of_B=False)
+    pulling, handed, itself = _projection_gradients(x, dy_SBI, B, C, steps, leaving, dB, sizes, of_B=True)
 
-    tile = min(64, sizes.chunk)
-    roles = (
-        (dC, dy_SBI, x, C, B, entering, pulled, received, False),
-        (dB, x, dy_SBI, B, C, leaving, pulling, handed, True),
-    )
-    for out, own, other, own_key, other_key, states, within, carried, of_B in roles:
-        heads = _heads_at_once(sizes, chunks * batch)
-        splits = shared // heads
-        sums = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-        triton_scan.projection_gradients[(chunks * (sizes.chunk // tile), sizes.heads // heads, batch)](
-            own, other, own_key, other_key, *steps, states, sums, within, carried,
-            seq, chunks, *own.stride()[:2], *other.stride()[:2], *own_key.stride()[:2],
-            0 if splits == 1 else sums.stride(0), *sums.stride()[-3:-1], sizes.heads, shared,
-            **blocks, T=tile, HEADS=heads, OF_B=of_B, num_warps=4, num_stages=1,
-        )  # fmt: skip
-        if splits > 1:
-            out.copy_(sums.sum(0))
-
-    heads = _heads_at_once(sizes, chunks * batch)
-    d_D = torch.empty(batch, chunks, sizes.heads, dtype=torch.float32, device=dy_SBI.device)
-    triton_scan.input_gradients[(chunks, sizes.heads // heads, batch)](
-        x, B, C, dy_SBI, *steps, weights.D_H, leaving, dx, d_step, d_D,
-        seq, chunks, *x.stride()[:2], *dy_SBI.stride()[:2], sizes.heads, shared,
-        **blocks, HEADS=heads, num_warps=8, num_stages=1,
-    )  # fmt: skip
-
-    d_bias, d_A = torch.empty_like(d_D), torch.empty_like(d_D)
+    d_bias, d_A = (torch.empty(batch, chunks, sizes.heads, dtype=torch.float32, device=dy_SBI.device) for _ in range(2))
     block = min(16, triton.next_power_of_2(sizes.heads))
     triton_steps.step_gradients[(chunks, triton.cdiv(sizes.heads, block), batch)](
-        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, d_step, pulled, received,
-        pulling, handed, overlap,
+        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, pulled, received,
+        pulling, handed, itself, overlap,
         d_raw_dt, d_bias, d_A, seq, sizes.heads, chunks, *raw_dt_SBH.stride()[:2],
         Q=sizes.chunk, BLOCK_H=block, PARTS=overlap.shape[-1],
     )  # fmt: skip
-    return d_xBC, (d_bias.sum((0, 1)), d_A.sum((0, 1)), d_D.sum((0, 1)))
+    return d_xBC, (d_bias.sum((0, 1)), d_A.sum((0, 1)), dy_times_x.sum((0, 2)))
+
+
+def _outputs(
+    value: Tensor,
+    own_key: Tensor,
+    other_key: Tensor,
+    steps: Steps,
+    D_H: Tensor,
+    states: Tensor,
+    out: Tensor,
+    sizes: MixerSizes,
+    *,
+    reverse: bool,
+) -> None:
+    """Fill `out` with y, or with dx; see the kernel."""
+    seq, batch, _ = value.shape
+    chunks, shared, blocks = _layout(seq, sizes)
+    heads = _heads_at_once(sizes, chunks * batch)
+    triton_scan.outputs[(chunks, sizes.heads // heads, batch)](
+        value, own_key, other_key, *steps, D_H, states, out,
+        seq, chunks, *value.stride()[:2], *own_key.stride()[:2], *out.stride()[:2], sizes.heads, shared,
+        **blocks, HEADS=heads, REVERSE=reverse, num_warps=8, num_stages=1,
+    )  # fmt: skip
+
+
+def _projection_gradients(
+    own: Tensor,
+    other: Tensor,
+    own_key: Tensor,
+    other_key: Tensor,
+    steps: Steps,
+    states: Tensor,
+    out: Tensor,
+    sizes: MixerSizes,
+    *,
+    of_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill `out` with dC, or with dB; return what the kernel calls within, carried and itself."""
+    seq, batch, _ = own.shape
+    chunks, shared, blocks = _layout(seq, sizes)
+    tile = min(64, sizes.chunk)
+    heads = _heads_at_once(sizes, chunks * batch)
+    splits = shared // heads
+    sums = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    within, carried, itself = (torch.empty_like(steps.dt) for _ in range(3))
+    triton_scan.projection_gradients[(chunks * (sizes.chunk // tile), sizes.heads // heads, batch)](
+        own, other, own_key, other_key, *steps, states, sums, within, carried, itself,
+        seq, chunks, *own.stride()[:2], *other.stride()[:2], *own_key.stride()[:2],
+        0 if splits == 1 else sums.stride(0), *sums.stride()[-3:-1], sizes.heads, shared,
+        **blocks, T=tile, HEADS=heads, OF_B=of_B, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if splits > 1:
+        out.copy_(sums.sum(0))
+    return within, carried, itself
 
 
 def _entering(xBC: Tensor, steps: Steps, sizes: MixerSizes) -> Tensor:
@@ -189,7 +213,7 @@ def _carry(
     triton_scan.carry_states[(parts, sizes.heads, batch)](
         value, key, *steps, states if entering is None else entering, states, overlap,
         seq, *value.stride()[:2], *key.stride()[:2], sizes.heads, shared,
-        chunks=chunks, **blocks, BLOCK_N=block, REVERSE=entering is not None, num_warps=4, num_stages=3,
+        chunks=chunks, **blocks, BLOCK_N=block, REVERSE=entering is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     return states, overlap
 

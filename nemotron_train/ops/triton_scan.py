@@ -77,40 +77,48 @@ def carry_states(
 
 @triton.jit
 def outputs(
-    x, B, C, step, decay, D, entering, y,
-    S, chunks, x_s, x_b, y_s, y_b, H, heads_per_group,
+    value, own_key, other_key, step, decay, D, states, out,
+    S, chunks, value_s, value_b, key_s, key_b, out_s, out_b, H, heads_per_group,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """y of one chunk and HEADS heads of one group."""
+    """y, or REVERSE, dx, of one chunk and HEADS heads of one group.
+
+    y: value is x, own_key C, other_key B, states those that enter. dx: value is dy, own_key B, other_key C, states the
+    gradients of those that leave.
+    """
     c, first_head, b = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
     rows, there = _chunk_rows(c, S, Q)
     group = first_head // heads_per_group
-    at_B, there_B = _tile(B + b * x_b + group * N, rows, x_s, there, N, N)
-    at_C, _ = _tile(C + b * x_b + group * N, rows, x_s, there, N, N)
-    of_C = tl.load(at_C, mask=there_B, other=0.0)
-    CB = tl.dot(of_C, tl.trans(tl.load(at_B, mask=there_B, other=0.0)), input_precision="ieee")
+    at_own, there_key = _tile(own_key + b * key_b + group * N, rows, key_s, there, N, N)
+    at_other, there_key = _tile(other_key + b * key_b + group * N, rows, key_s, there, N, N)
+    of_own = tl.load(at_own, mask=there_key, other=0.0)
+    keys = tl.dot(of_own, tl.trans(tl.load(at_other, mask=there_key, other=0.0)), input_precision="ieee")
     i = tl.arange(0, Q)
-    causal = i[:, None] >= i[None, :]
+    related = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
     n, p = tl.arange(0, N), tl.arange(0, BLOCK_P)
     for k in range(HEADS):
         h = first_head + k
         of_head = (b * H + h).to(tl.int64) * chunks * Q
         a, dt = tl.load(decay + of_head + rows), tl.load(step + of_head + rows)
         state_at = ((b * chunks + c).to(tl.int64) * H + h) * N * P + n[:, None] * P + p[None, :]
-        state = tl.load(entering + state_at, mask=(p < P)[None, :], other=0.0)
-        at_x, there_x = _tile(x + b * x_b + h * P, rows, x_s, there, P, BLOCK_P)
-        x_h = tl.load(at_x, mask=there_x, other=0.0)
-        y_h = tl.dot(of_C, state, input_precision="ieee") * tl.exp(a)[:, None]
-        weights = CB * tl.exp(tl.where(causal, a[:, None] - a[None, :], float("-inf"))) * dt[None, :]
-        y_h = tl.dot(weights.to(x_h.dtype), x_h, acc=y_h, input_precision="ieee")
-        y_h += tl.load(D + h) * x_h
-        at_y, _ = _tile(y + b * y_b + h * P, rows, y_s, there, P, BLOCK_P)
-        tl.store(at_y, y_h.to(y.dtype.element_ty), mask=there_x)
+        state = tl.load(states + state_at, mask=(p < P)[None, :], other=0.0)
+        at_value, there_value = _tile(value + b * value_b + h * P, rows, value_s, there, P, BLOCK_P)
+        of_value = tl.load(at_value, mask=there_value, other=0.0)
+        result = tl.dot(of_own, state, input_precision="ieee")
+        result *= (tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a) * dt if REVERSE else tl.exp(a))[:, None]
+        distance = a[None, :] - a[:, None] if REVERSE else a[:, None] - a[None, :]
+        weights = keys * tl.exp(tl.where(related, distance, float("-inf")))
+        weights *= dt[:, None] if REVERSE else dt[None, :]
+        result = tl.dot(weights.to(of_value.dtype), of_value, acc=result, input_precision="ieee")
+        result += tl.load(D + h) * of_value
+        at_out, there_out = _tile(out + b * out_b + h * P, rows, out_s, there, P, BLOCK_P)
+        tl.store(at_out, result.to(out.dtype.element_ty), mask=there_out)
 
 
 @triton.jit
 def projection_gradients(
-    own, other, own_key, other_key, step, decay, states, out, within, carried,
+    own, other, own_key, other_key, step, decay, states, out, within, carried, itself,
     S, chunks, own_s, own_b, other_s, other_b, key_s, key_b, out_split, out_s, out_b, H, heads_per_group,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
     OF_B: tl.constexpr,
@@ -118,9 +126,12 @@ def projection_gradients(
     """dC, or OF_B, dB, of T tokens of a chunk and one group, summed over HEADS of its heads.
 
     dC: own is dy, other x, own_key C, other_key B, states those that enter. dB: own is x, other dy, own_key B,
-    other_key C, states the gradients of those that leave. By token and head [B, H, c Q], what the gradient gives times
-    own_key, which is the gradient of the decay on its way: `carried` by the state, and `within` the chunk by all tokens
-    but the token itself, whose pull on itself does not pass through the decay.
+    other_key C, states the gradients of those that leave.
+
+    By token and head [B, H, c Q], the gradient times own_key, which is what the decay on its way gets: `carried` by the
+    state, and `within` the chunk from all tokens but the token itself, whose pull on itself does not pass through the
+    decay. For dB, where all is in proportion to the token's own dt, that factor is left out of them. `itself` is dy . x
+    of the token, for dB times B . C.
     """
     tiles: tl.constexpr = Q // T
     c, tile, b = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(2)
@@ -138,71 +149,35 @@ def projection_gradients(
         a, dt = tl.load(decay + of_head + rows), tl.load(step + of_head + rows)
         at_own, there_own = _tile(own + b * own_b + h * P, rows, own_s, there, P, BLOCK_P)
         of_own = tl.load(at_own, mask=there_own, other=0.0)
-        by_others = tl.zeros([T], dtype=tl.float32)
-        for o in tl.static_range(tiles):
+        by_others, by_itself = tl.zeros([T], dtype=tl.float32), tl.zeros([T], dtype=tl.float32)
+        for o in range(tiles):
             if (o >= tile) if OF_B else (o <= tile):
                 o_rows, o_there = _chunk_rows(c * tiles + o, S, T)
                 o_a, o_dt = tl.load(decay + of_head + o_rows), tl.load(step + of_head + o_rows)
                 at_other, there_other = _tile(other + b * other_b + h * P, o_rows, other_s, o_there, P, BLOCK_P)
                 of_other = tl.load(at_other, mask=there_other, other=0.0)
-                at_key, there_o_key = _tile(other_key + b * key_b + group * N, o_rows, key_s, o_there, N, N)
-                of_other_key = tl.load(at_key, mask=there_o_key, other=0.0)
+                at_other_key, there_o_key = _tile(other_key + b * key_b + group * N, o_rows, key_s, o_there, N, N)
+                of_other_key = tl.load(at_other_key, mask=there_o_key, other=0.0)
                 ahead = rows[:, None] - o_rows[None, :]
                 distance = o_a[None, :] - a[:, None] if OF_B else a[:, None] - o_a[None, :]
                 related = ahead <= 0 if OF_B else ahead >= 0
-                weights = tl.dot(of_own, tl.trans(of_other), input_precision="ieee")
-                weights *= tl.exp(tl.where(related, distance, float("-inf")))
-                weights *= dt[:, None] if OF_B else o_dt[None, :]
-                gradient = tl.dot(weights.to(of_own.dtype), of_other_key, acc=gradient, input_precision="ieee")
+                products = tl.dot(of_own, tl.trans(of_other), input_precision="ieee")
+                weights = products * tl.exp(tl.where(related, distance, float("-inf")))
+                if not OF_B:
+                    weights *= o_dt[None, :]
                 pulls = tl.dot(of_key, tl.trans(of_other_key), input_precision="ieee") * weights
                 by_others += tl.sum(tl.where(ahead == 0, 0.0, pulls), axis=1)
+                by_itself += tl.sum(tl.where(ahead == 0, pulls if OF_B else products, 0.0), axis=1)
+                if OF_B:
+                    weights *= dt[:, None]
+                gradient = tl.dot(weights.to(of_own.dtype), of_other_key, acc=gradient, input_precision="ieee")
         tl.store(within + of_head + rows, by_others)
+        tl.store(itself + of_head + rows, by_itself)
         state_at = ((b * chunks + c).to(tl.int64) * H + h) * N * P + n[:, None] * P + p[None, :]
         state = tl.load(states + state_at, mask=(p < P)[None, :], other=0.0)
         by_state = tl.dot(of_own, tl.trans(state), input_precision="ieee")
-        by_state *= (tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a) * dt if OF_B else tl.exp(a))[:, None]
-        gradient += by_state
+        by_state *= tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a if OF_B else a)[:, None]
         tl.store(carried + of_head + rows, tl.sum(by_state * of_key, axis=1))
-    at_out, _ = _tile(out + split * out_split + b * out_b + group * N, rows, out_s, there, N, N)
+        gradient += by_state * dt[:, None] if OF_B else by_state
+    at_out, there_key = _tile(out + split * out_split + b * out_b + group * N, rows, out_s, there, N, N)
     tl.store(at_out, gradient.to(out.dtype.element_ty), mask=there_key)
-
-
-@triton.jit
-def input_gradients(
-    x, B, C, dy, step, decay, D, leaving, dx, d_step, d_D,
-    S, chunks, x_s, x_b, y_s, y_b, H, heads_per_group,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """dx of one chunk and HEADS heads of one group.
-
-    And d_step [B, H, c Q], the gradient of dt where it scales x, and d_D [B, c, H].
-    """
-    c, first_head, b = tl.program_id(0), tl.program_id(1) * HEADS, tl.program_id(2)
-    rows, there = _chunk_rows(c, S, Q)
-    group = first_head // heads_per_group
-    at_B, there_B = _tile(B + b * x_b + group * N, rows, x_s, there, N, N)
-    at_C, _ = _tile(C + b * x_b + group * N, rows, x_s, there, N, N)
-    of_B = tl.load(at_B, mask=there_B, other=0.0)
-    BC = tl.dot(of_B, tl.trans(tl.load(at_C, mask=there_B, other=0.0)), input_precision="ieee")
-    j = tl.arange(0, Q)
-    later = j[:, None] <= j[None, :]
-    n, p = tl.arange(0, N), tl.arange(0, BLOCK_P)
-    for k in range(HEADS):
-        h = first_head + k
-        of_head = (b * H + h).to(tl.int64) * chunks * Q
-        a, dt = tl.load(decay + of_head + rows), tl.load(step + of_head + rows)
-        state_at = ((b * chunks + c).to(tl.int64) * H + h) * N * P + n[:, None] * P + p[None, :]
-        state = tl.load(leaving + state_at, mask=(p < P)[None, :], other=0.0)
-        at_dy, there_x = _tile(dy + b * y_b + h * P, rows, y_s, there, P, BLOCK_P)
-        dy_h = tl.load(at_dy, mask=there_x, other=0.0)
-        d_scaled = tl.dot(of_B, state, input_precision="ieee")
-        d_scaled *= tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a)[:, None]
-        weights = BC * tl.exp(tl.where(later, a[None, :] - a[:, None], float("-inf")))
-        d_scaled = tl.dot(weights.to(dy_h.dtype), dy_h, acc=d_scaled, input_precision="ieee")
-        at_x, _ = _tile(x + b * x_b + h * P, rows, x_s, there, P, BLOCK_P)
-        x_h = tl.load(at_x, mask=there_x, other=0.0).to(tl.float32)
-        tl.store(d_step + of_head + rows, tl.sum(d_scaled * x_h, axis=1))
-        tl.store(d_D + (b * chunks + c) * H + h, tl.sum(x_h * dy_h))
-        dx_h = d_scaled * dt[:, None] + tl.load(D + h) * dy_h
-        at_dx, _ = _tile(dx + b * x_b + h * P, rows, x_s, there, P, BLOCK_P)
-        tl.store(at_dx, dx_h.to(dx.dtype.element_ty), mask=there_x)
