@@ -57,6 +57,7 @@ NOT_IN = {
 INNER_IMPORTS: dict[tuple[str, str], str] = {
     ("engine/layer_parts.py", "nemotron_train.engine.te_layers"): "needs Transformer Engine",
     ("ops/implementations.py", "nemotron_train.ops.mamba_ssm_core"): "needs mamba-ssm",
+    ("ops/implementations.py", "nemotron_train.ops.triton_core"): "needs causal-conv1d",
     ("data_tools/encoders.py", "gigatoken"): "optional, and slow to import",
     ("data_tools/executors.py", "ray"): "optional",
     ("ops/implementations.py", "nemotron_train.ops.te_elementwise"): "needs Transformer Engine",
@@ -168,6 +169,8 @@ def test_files_and_functions_stay_small(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= MAX_FUNCTION_LINES, f"{name_of(path)}: {node.name} has {lines} lines"
+            if _is_triton_kernel(node):
+                continue
             parameters = len(node.args.args + node.args.kwonlyargs) - _is_bound(node)
             assert parameters <= MAX_PARAMETERS, f"{name_of(path)}: {node.name} has {parameters} parameters"
 
@@ -194,6 +197,11 @@ def _is_bound(function: ast.FunctionDef) -> bool:
         "cls",
         "ctx",
     )  # ctx: torch.autograd.Function
+
+
+def _is_triton_kernel(function: ast.FunctionDef) -> bool:
+    """A kernel reads nothing but its parameters: every stride and every size is one."""
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
 
 
 def _is_type_checking(node: ast.stmt) -> bool:

@@ -1,36 +1,23 @@
 """The core of a Mamba-2 mixer on our Triton kernels, with the published kernel for the convolution; imported only where
-Triton is.
+both are.
 
 The backward pass computes convolution and states again instead of keeping them: what is kept is the projection itself,
 the scan's output and some numbers a head or group of each token.
 
-Source: Mamba-2, arXiv 2405.21060. Shapes: as in `mamba_core.py`; c chunks of Q tokens.
+Source: Mamba-2, arXiv 2405.21060. Shapes: as in `mamba_core.py`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
+from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
 from torch import Tensor
 
-from nemotron_train.ops import triton_scan, triton_steps
+from nemotron_train.ops import mamba_ssm_core
 from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 from nemotron_train.ops.triton_gated_norm import gated_norm, gated_norm_gradients
-
-_MANY_PROGRAMS = 264  # two for each multiprocessor of a Hopper GPU
-
-
-class Steps(NamedTuple):
-    """float32 [B, H, c Q], tokens beyond the sequence included."""
-
-    dt: Tensor
-    decay: Tensor  # sum of dt A from the start of the token's chunk
-
-
-def supports(sizes: MixerSizes) -> bool:
-    """Whether the kernels' tiles fit: chunk and state powers of two from 16 to 128, at most 128 channels a head."""
-    return sizes.chunk in (16, 32, 64, 128) and sizes.state in (16, 32, 64, 128) and sizes.head_dim <= 128
+from nemotron_train.ops.triton_ssd import Steps, scan, scan_gradients, step_sizes, supports
 
 
 def mamba_core(
@@ -39,8 +26,6 @@ def mamba_core(
     """Return what `mamba_core.mamba_core` returns (S B I). Documents, and sizes that the kernels do not support, go to
     the published kernels."""
     if documents is not None or not supports(sizes):
-        from nemotron_train.ops import mamba_ssm_core
-
         return mamba_ssm_core.mamba_core(zxBCdt_SBf, weights, sizes, documents)
     return _MambaCore.apply(zxBCdt_SBf.contiguous(), *weights, sizes)
 
@@ -59,17 +44,15 @@ class _MambaCore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-
         zxBCdt, *rest = ctx.saved_tensors
         weights, steps, (y, scale), sizes = CoreWeights(*rest[:6]), Steps(*rest[6:8]), rest[8:], ctx.sizes
         z, xBC, dt = _parts(zxBCdt, sizes)
         d_zxBCdt = torch.empty_like(zxBCdt)
         dz, dxBC, ddt = _parts(d_zxBCdt, sizes)
-        rows = [t.flatten(0, 1) for t in (dout.contiguous(), y, z)]
-        dy, d_norm = gated_norm_gradients(*rows, weights.norm_I, scale, dz.flatten(0, 1))
+        dout, y, z, dz = (t.flatten(0, 1) for t in (dout.contiguous(), y, z, dz))
+        dy, d_norm = gated_norm_gradients(dout, y, z, weights.norm_I, scale, dz)
         d_convolved, d_steps = scan_gradients(
-            dy.view_as(y), _convolve(xBC, weights), dt, steps, weights, sizes, d_raw_dt=ddt
+            dy.unflatten(0, xBC.shape[:2]), _convolve(xBC, weights), dt, steps, weights, sizes, d_raw_dt=ddt
         )
         _, d_conv, d_conv_bias, _ = causal_conv1d_bwd_function(
             _channels_first(xBC), weights.conv_CK, weights.conv_bias_C, _channels_first(d_convolved),
@@ -79,164 +62,7 @@ class _MambaCore(torch.autograd.Function):
         return d_zxBCdt, *(d.to(weight.dtype) for d, weight in zip(gradients, weights, strict=True)), None
 
 
-def step_sizes(raw_dt_SBH: Tensor, weights: CoreWeights, chunk: int) -> Steps:
-    """Return softplus(raw + bias) and the decay it adds up to."""
-    seq, batch, heads = raw_dt_SBH.shape
-    chunks = triton.cdiv(seq, chunk)
-    shape = (batch, heads, chunks * chunk)
-    steps = Steps(*(torch.empty(shape, dtype=torch.float32, device=raw_dt_SBH.device) for _ in range(2)))
-    block = min(16, triton.next_power_of_2(heads))
-    triton_steps.step_sizes[(chunks, triton.cdiv(heads, block), batch)](
-        raw_dt_SBH, weights.dt_bias_H, weights.A_H, *steps, seq, heads, chunks, *raw_dt_SBH.stride()[:2],
-        Q=chunk, BLOCK_H=block,
-    )  # fmt: skip
-    return steps
-
-
-def scan(xBC_SBC: Tensor, steps: Steps, D_H: Tensor, sizes: MixerSizes) -> Tensor:
-    """Return y (S B I), in the dtype of xBC."""
-    seq, batch, _ = xBC_SBC.shape
-    x, B, C = _split(xBC_SBC, sizes)
-    y = torch.empty(seq, batch, sizes.inner, dtype=xBC_SBC.dtype, device=xBC_SBC.device)
-    _outputs(x, C, B, steps, D_H, _entering(xBC_SBC, steps, sizes), y, sizes, reverse=False)
-    return y
-
-
-def scan_gradients(
-    dy_SBI: Tensor,
-    xBC_SBC: Tensor,
-    raw_dt_SBH: Tensor,
-    steps: Steps,
-    weights: CoreWeights,
-    sizes: MixerSizes,
-    *,
-    d_raw_dt: Tensor,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Fill d_raw_dt (S B H); return the gradients of xBC (S B C) and, in float32, of the bias of dt, A and D (H)."""
-    seq, batch, _ = xBC_SBC.shape
-    x, B, C = _split(xBC_SBC, sizes)
-    d_xBC = torch.empty_like(xBC_SBC)
-    dx, dB, dC = _split(d_xBC, sizes)
-    chunks, _, _ = _layout(seq, sizes)
-    entering = _entering(xBC_SBC, steps, sizes)
-    leaving, overlap = _leaving(dy_SBI, C, steps, entering, sizes)
-    _outputs(dy_SBI, B, C, steps, weights.D_H, leaving, dx, sizes, reverse=True)
-    pulled, received, dy_times_x = _projection_gradients(dy_SBI, x, C, B, steps, entering, dC, sizes, of_B=False)
-    pulling, handed, itself = _projection_gradients(x, dy_SBI, B, C, steps, leaving, dB, sizes, of_B=True)
-
-    d_bias, d_A = (torch.empty(batch, chunks, sizes.heads, dtype=torch.float32, device=dy_SBI.device) for _ in range(2))
-    block = min(16, triton.next_power_of_2(sizes.heads))
-    triton_steps.step_gradients[(chunks, triton.cdiv(sizes.heads, block), batch)](
-        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, pulled, received,
-        pulling, handed, itself, overlap,
-        d_raw_dt, d_bias, d_A, seq, sizes.heads, chunks, *raw_dt_SBH.stride()[:2],
-        Q=sizes.chunk, BLOCK_H=block, PARTS=overlap.shape[-1],
-    )  # fmt: skip
-    return d_xBC, (d_bias.sum((0, 1)), d_A.sum((0, 1)), dy_times_x.sum((0, 2)))
-
-
-def _outputs(
-    value: Tensor,
-    own_key: Tensor,
-    other_key: Tensor,
-    steps: Steps,
-    D_H: Tensor,
-    states: Tensor,
-    out: Tensor,
-    sizes: MixerSizes,
-    *,
-    reverse: bool,
-) -> None:
-    """Fill `out` with y, or with dx; see the kernel."""
-    seq, batch, _ = value.shape
-    chunks, shared, blocks = _layout(seq, sizes)
-    heads = _heads_at_once(sizes, chunks * batch)
-    triton_scan.outputs[(chunks, sizes.heads // heads, batch)](
-        value, own_key, other_key, *steps, D_H, states, out,
-        seq, chunks, *value.stride()[:2], *own_key.stride()[:2], *out.stride()[:2], sizes.heads, shared,
-        **blocks, HEADS=heads, REVERSE=reverse, num_warps=8, num_stages=1,
-    )  # fmt: skip
-
-
-def _projection_gradients(
-    own: Tensor,
-    other: Tensor,
-    own_key: Tensor,
-    other_key: Tensor,
-    steps: Steps,
-    states: Tensor,
-    out: Tensor,
-    sizes: MixerSizes,
-    *,
-    of_B: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill `out` with dC, or with dB; return what the kernel calls within, carried and itself."""
-    seq, batch, _ = own.shape
-    chunks, shared, blocks = _layout(seq, sizes)
-    tile = min(64, sizes.chunk)
-    heads = _heads_at_once(sizes, chunks * batch)
-    splits = shared // heads
-    sums = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-    within, carried, itself = (torch.empty_like(steps.dt) for _ in range(3))
-    triton_scan.projection_gradients[(chunks * (sizes.chunk // tile), sizes.heads // heads, batch)](
-        own, other, own_key, other_key, *steps, states, sums, within, carried, itself,
-        seq, chunks, *own.stride()[:2], *other.stride()[:2], *own_key.stride()[:2],
-        0 if splits == 1 else sums.stride(0), *sums.stride()[-3:-1], sizes.heads, shared,
-        **blocks, T=tile, HEADS=heads, OF_B=of_B, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    if splits > 1:
-        out.copy_(sums.sum(0))
-    return within, carried, itself
-
-
-def _entering(xBC: Tensor, steps: Steps, sizes: MixerSizes) -> Tensor:
-    """Compute the state that enters each chunk [B, c, H, N, P]."""
-    x, B, _ = _split(xBC, sizes)
-    return _carry(x, B, steps, sizes, entering=None)[0]
-
-
-def _leaving(dy: Tensor, C: Tensor, steps: Steps, entering: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor]:
-    """Compute the gradient of the state that leaves each chunk [B, c, H, N, P], and its overlap with what was handed
-    on [B, H, c, parts]."""
-    return _carry(dy, C, steps, sizes, entering=entering)
-
-
-def _carry(
-    value: Tensor, key: Tensor, steps: Steps, sizes: MixerSizes, entering: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    seq, batch, _ = value.shape
-    chunks, shared, blocks = _layout(seq, sizes)
-    states = value.new_empty(batch, chunks, sizes.heads, sizes.state, sizes.head_dim)
-    block = min(64, sizes.state)
-    parts = sizes.state // block
-    overlap = torch.empty(batch, sizes.heads, chunks, parts, dtype=torch.float32, device=value.device)
-    triton_scan.carry_states[(parts, sizes.heads, batch)](
-        value, key, *steps, states if entering is None else entering, states, overlap,
-        seq, *value.stride()[:2], *key.stride()[:2], sizes.heads, shared,
-        chunks=chunks, **blocks, BLOCK_N=block, REVERSE=entering is not None, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return states, overlap
-
-
-def _layout(seq_length: int, sizes: MixerSizes) -> tuple[int, int, dict[str, int]]:
-    """Return the number of chunks, heads of a group, and the kernels' tile sizes."""
-    blocks = dict(
-        P=sizes.head_dim, N=sizes.state, Q=sizes.chunk, BLOCK_P=max(16, triton.next_power_of_2(sizes.head_dim))
-    )
-    return triton.cdiv(seq_length, sizes.chunk), sizes.heads // sizes.groups, blocks
-
-
-def _heads_at_once(sizes: MixerSizes, chunks: int) -> int:
-    """Return how many heads of a group one program takes: all, or fewer where that leaves too few programs."""
-    heads = sizes.heads // sizes.groups
-    while heads % 2 == 0 and chunks * sizes.heads // heads < _MANY_PROGRAMS:
-        heads //= 2
-    return heads
-
-
 def _convolve(xBC_SBC: Tensor, weights: CoreWeights) -> Tensor:
-    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
-
     convolved = causal_conv1d_fwd_function(
         _channels_first(xBC_SBC), weights.conv_CK, weights.conv_bias_C, None, None, None, True
     )
@@ -249,8 +75,3 @@ def _channels_first(t_SBC: Tensor) -> Tensor:
 
 def _parts(zxBCdt_SBf: Tensor, sizes: MixerSizes) -> tuple[Tensor, ...]:
     return zxBCdt_SBf.split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
-
-
-def _split(xBC_SBC: Tensor, sizes: MixerSizes) -> tuple[Tensor, ...]:
-    of_groups = sizes.groups * sizes.state
-    return xBC_SBC.split([sizes.inner, of_groups, of_groups], dim=-1)

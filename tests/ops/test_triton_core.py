@@ -6,13 +6,13 @@ On the CPU they run in Triton's interpreter (tests/conftest.py), in float32; wit
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed (it is for Linux alone)")
 
 from nemotron_train.ops import mamba_core as torch_core
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 from nemotron_train.ops.ssd import ssd
-from nemotron_train.ops.triton_core import mamba_core, scan, scan_gradients, step_sizes, supports
 from nemotron_train.ops.triton_gated_norm import gated_norm, gated_norm_gradients
+from nemotron_train.ops.triton_ssd import scan, scan_gradients, step_sizes, supports
 from tests.ops.test_elementwise_operations import plain_gated_norm, random
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the whole core runs instead")
@@ -97,6 +97,8 @@ def test_sizes_without_tiles_are_known() -> None:
 )
 def test_the_whole_core_on_a_gpu(groups: int, heads: int, head_dim: int, batch: int, seq_length: int) -> None:
     """Fails if the kernels, compiled, differ from plain torch in float64 by more than bf16 does."""
+    from nemotron_train.ops.triton_core import mamba_core
+
     sizes = MixerSizes(heads, head_dim, groups, state=128, conv_kernel=4, chunk=128, epsilon=1e-5)
     weights = random_weights(sizes)
     weights = weights._replace(dt_bias_H=weights.dt_bias_H - 3.0)
