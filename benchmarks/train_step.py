@@ -1,34 +1,45 @@
-"""How fast, and in how much memory, does a training step of a slice of the 12B run on this GPU, in each precision?
+"""How fast, and in how much memory, does the trainer step on these GPUs, in each precision and beside another trainer?
 
-    python -m benchmarks.train_step [key=value ...]
-    python -m benchmarks.train_step --baseline FILE [key=value ...]
-    python -m benchmarks.train_step --profile PRECISION [key=value ...]
+    python -m benchmarks.train_step slice [--baseline FILE] [--precisions P,P] [--profile] [key=value ...]
+    python -m benchmarks.train_step whole [--baseline FILE] [--precisions P,P] [--profile] [key=value ...]
 
-Each precision runs in a process of its own, on the recipe's model cut to 18 layers, with random tokens of the whole
-vocabulary. Timed is one micro-batch forward and backward with its gradient accumulation and reduction, and after that
-the whole step with clipping and AdamW. `--baseline` runs a script that times the same forward and backward of another
-trainer between ours, in the same command: it takes `--fp8 none|blockwise|tensorwise` and prints a line of JSON with
-`tokens_per_second_per_gpu` and `peak_gib`. `--profile` prints which kernels the time goes to. Read the ratios;
-`benchmarks/README.md` has figures.
+`slice` is 18 layers of the 12B recipe's model on one GPU: forward and backward of one micro-batch with its gradient
+accumulation and reduction, and after that whole steps. `whole` is the 12B on two GPUs, tensor parallel with sequence
+parallelism, 8 micro-batches a step, gradients and moments in bf16, optimizer included. Steps are the trainer's own
+(`step.train_step`), fed by its loader from shards of random tokens of the whole vocabulary. Each precision runs in
+processes of its own.
+
+`--baseline` runs a script that times the same work of another trainer straight after each of ours: it takes `--fp8
+none|blockwise|tensorwise`, for `whole` also `--full --microbatches 8 --steps 4` under torchrun, and prints a line of
+JSON with `tokens_per_second_per_gpu` and `peak_gib`. `--profile` prints which kernels the time goes to. Read the
+ratios; `benchmarks/README.md` has figures.
 """
 
+import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kernel_shares import kernel_shares
+from data_tools.shard_writer import write_shard
 from nemotron_train.config.load import load_config
 from nemotron_train.config.schema import RunConfig
-from nemotron_train.data.batch import Batch, build_batch
+from nemotron_train.data.batch import Batch, RankShare
+from nemotron_train.data.loader import DataLoader
+from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
 from nemotron_train.engine.wrap import zero_gradients
 from nemotron_train.plan.run_plan import plan_run
@@ -38,155 +49,222 @@ from nemotron_train.runtime import Runtime
 from nemotron_train.step import run_all, train_step
 from nemotron_train.trainer import build_runtime
 
-STEPS, WARMUP = 8, 3
 BASELINE_NAMES = {"bf16": "none", "fp8_block": "blockwise", "fp8_current": "tensorwise"}
-# Kernels by what they do, the first match counts.
-KERNEL_GROUPS = (
-    ("FP8 products", r"e4m3|e5m2|fp8.*gemm|sm90_fp8"),
-    ("quantisation", r"quant|cast|transpose.*fp8|fp8.*transpose|block_scal"),
-    ("Mamba scan", r"_chunk_|_state_passing|_bmm_chunk|ssd"),
-    ("Mamba convolution", r"causal_conv"),
-    ("attention", r"fmha|flash|cudnn.*sdpa|sdpa"),
-    ("cross-entropy", r"softmax|cross_entropy|element_mul"),
-    ("gated norm", r"_layer_norm_(fwd|bwd)"),
-    ("RMSNorm", r"rmsnorm|norm_(fwd|bwd)|layernorm|ln_"),
-    ("bf16 products", r"gemm|nvjet|cutlass|cublas"),
-    ("squared ReLU", r"srelu|relu|gated_act|act_kernel"),
-    ("communication", r"nccl"),
-    ("gradient scaling and clearing", r"multi_tensor|fill|Memset|vectorized_elementwise.*MulFunctor<float>"),
-    ("residual and other elementwise", r"elementwise|reduce|copy|Memcpy"),
-)
-SLICE = (
+
+
+@dataclass(frozen=True)
+class Shape:
+    gpus: int
+    warmup: int
+    steps: int
+    overrides: tuple[str, ...]
+    baseline_arguments: tuple[str, ...]
+    compared: str  # key of our measurement that the other trainer's tokens/s are compared with
+
+
+SHAPES = {
+    "slice": Shape(
+        gpus=1,
+        warmup=3,
+        steps=8,
+        overrides=(
+            "model.layer_pattern=M-M-M-M*-M-M-M-M*-",
+            "train.global_batch_size=1",
+            "precision.bf16_first_layers=0",
+            "precision.bf16_last_layers=0",
+        ),
+        baseline_arguments=(),
+        compared="forward_backward_tokens_per_second_per_gpu",
+    ),
+    "whole": Shape(
+        gpus=2,
+        warmup=3,
+        steps=4,
+        overrides=(
+            "parallel=tensor_2",
+            "train.global_batch_size=8",
+            "optim.gradients=bf16",
+            "optim.moments=bf16",
+        ),
+        baseline_arguments=("--full", "--microbatches", "8", "--steps", "4"),
+        compared="step_tokens_per_second_per_gpu",
+    ),
+}
+COMMON = (
     "experiment=own_text",
     "model=nemotron_nano_12b_v2",
-    "model.layer_pattern=M-M-M-M*-M-M-M-M*-",
     "train.seq_length=8192",
     "train.micro_batch_size=1",
-    "train.global_batch_size=1",
-    "precision.bf16_first_layers=0",
-    "precision.bf16_last_layers=0",
+    "data.sources.0.eval_prefixes=[]",
+    "train.eval_every_steps=0",
+    "checkpoint.every_steps=0",
 )
 
 
-def load(precision: str, overrides: list[str]) -> RunConfig:
-    config = load_config([*SLICE, f"precision={precision}", *overrides])
-    return replace(config, run=replace(config.run, dir=tempfile.mkdtemp()))
+def configure(shape: Shape, precision: str, corpus: Path, overrides: list[str]) -> RunConfig:
+    ends = () if precision.startswith("fp8") else ("precision.bf16_first_layers=0", "precision.bf16_last_layers=0")
+    places = (f"data.path={corpus}", f"run.dir={corpus / 'run'}", "data.max_epochs=1000000")
+    return load_config([*COMMON, f"precision={precision}", *shape.overrides, *ends, *places, *overrides])
 
 
-def random_batches(config: RunConfig) -> list[Batch]:
-    train = config.train
-    count = train.global_batch_size // train.micro_batch_size
-    shape = (count, train.micro_batch_size, train.seq_length + 1)
-    windows = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(3)).numpy()
-    return [
-        build_batch(list(rows), [0] * train.micro_batch_size, train.micro_batch_size, train.seq_length)
-        for rows in windows
-    ]
+def write_corpus(folder: Path, vocab_size: int) -> None:
+    """Random tokens, about 4 million of them, and a tokenizer of that vocabulary."""
+    random = np.random.default_rng(3)
+    (folder / "train").mkdir()
+    documents = [random.integers(0, vocab_size, size=4096, dtype=np.int32) for _ in range(1024)]
+    write_shard(folder / "train" / "random", documents, np.dtype(np.int32))
+    vocabulary = {str(number): number for number in range(vocab_size)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(WARMUP + STEPS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[WARMUP:])
-
-
-def peak_gib() -> float:
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
-def measure(precision: str, overrides: list[str]) -> dict[str, object]:
-    """Time one precision in this process."""
-    config = load(precision, overrides)
-    me, plan = launched_rank(), plan_run(config, 1)
-    platform = choose_platform(me)
+def measure(name: str, precision: str, corpus: Path, profile: bool, overrides: list[str]) -> None:
+    """Time one precision on this process's rank; rank 0 prints the figures as JSON."""
+    shape, me = SHAPES[name], launched_rank()
+    config = configure(shape, precision, corpus, overrides)
+    plan, platform = plan_run(config, me.world_size), choose_platform(me)
     with process_groups(plan.layout, platform, me, timeout_seconds=600, seed=1) as groups:
-        run, batches = build_runtime(plan, platform, groups), random_batches(config)
-        master_weights = torch.cuda.memory_allocated() / 2**30
-        forward_backward = milliseconds(lambda: _accumulate(run, batches))
-        result = {
-            "precision": precision,
-            "forward_backward_ms": forward_backward,
-            "tokens_per_second_per_gpu": plan.tokens_per_step / forward_backward * 1e3,
-            "peak_gib": peak_gib(),
-            "held_before_gib": master_weights,
-        }
-        losses: list[float] = []
-        step_ms = milliseconds(lambda: losses.append(train_step(run, batches, config.lr.warmup_tokens).loss.loss))
-        return {**result, "step_ms": step_ms, "step_peak_gib": peak_gib(), "losses": losses}
+        run = build_runtime(plan, platform, groups)
+        optimizer_gib = optimizer_bytes(run) / 2**30
+        share = RankShare(dp_rank=groups.dp.rank(), dp_size=groups.dp.size(), micro_batch_size=1)
+        data = open_run_data(config)
+        figures: dict[str, object] = {"precision": precision, "device": device_name()}
+        with DataLoader(data.reader, share, plan.batches.global_batch_size_at) as loader:
+
+            def micro_batches() -> list[Batch]:
+                return [next(loader) for _ in range(plan.batches.num_micro_batches_at(0))]
+
+            losses: list[float] = []
+
+            def step() -> None:
+                losses.append(train_step(run, micro_batches(), config.lr.warmup_tokens).loss.loss)
+
+            def figures_of(kind: str, work: Callable[[], object]) -> dict[str, float]:
+                seconds = median_seconds(work, shape, platform.synchronize)
+                speed = plan.tokens_per_step / seconds / me.world_size
+                return {
+                    f"{kind}_ms": seconds * 1e3,
+                    f"{kind}_tokens_per_second_per_gpu": speed,
+                    f"{kind}_tflops_per_gpu": speed * plan.flops_per_token_at(0) / 1e12,
+                    f"{kind}_peak_gib": peak_gib(),
+                }
+
+            if name == "slice":
+                figures |= figures_of("forward_backward", lambda: accumulate(run, micro_batches()))
+                # The other trainer's slice holds no optimizer.
+                figures["forward_backward_peak_gib"] = peak_gib() - optimizer_gib
+            figures |= figures_of("step", step)
+            figures["losses"] = [round(loss, 3) for loss in losses]
+            shares = kernel_shares(step) if profile else None
+    if me.rank == 0:
+        if shares is not None:
+            table = Table("group", "ms", "share", title=f"{precision}: {shares.total_ms:.1f} ms of kernels in a step")
+            for group, spent in shares.group_ms.items():
+                table.add_row(group, f"{spent:.2f}", f"{spent / shares.total_ms:.1%}")
+            Console(width=120).print(table)
+            for kernel, calls, spent in shares.longest:
+                print(f"{spent:8.2f} ms {calls:4d}x {kernel[:150]}")
+        print(json.dumps(figures), flush=True)
 
 
-def profile(precision: str, overrides: list[str]) -> None:
-    """Print the GPU time of one forward and backward by group of kernels, and the longest kernels."""
-    config = load(precision, overrides)
-    me, plan = launched_rank(), plan_run(config, 1)
-    platform = choose_platform(me)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with process_groups(plan.layout, platform, me, timeout_seconds=600, seed=1) as groups:
-        run, batches = build_runtime(plan, platform, groups), random_batches(config)
-        whole = milliseconds(lambda: _accumulate(run, batches))
-        with torch.profiler.profile(activities=activities) as recorded:
-            _accumulate(run, batches)
-            torch.cuda.synchronize()
-    kernels = [e for e in recorded.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
-    groups_ms: dict[str, float] = {}
-    for kernel in kernels:
-        group = next((name for name, form in KERNEL_GROUPS if re.search(form, kernel.key, re.IGNORECASE)), "other")
-        groups_ms[group] = groups_ms.get(group, 0.0) + kernel.self_device_time_total / 1e3
-    total = sum(groups_ms.values())
-    table = Table("group", "ms", "share", title=f"{precision}: {total:.1f} ms of kernels in {whole:.1f} ms")
-    for group, spent in sorted(groups_ms.items(), key=lambda item: -item[1]):
-        table.add_row(group, f"{spent:.2f}", f"{spent / total:.1%}")
-    Console(width=120).print(table)
-    for kernel in kernels[:60]:
-        print(f"{kernel.self_device_time_total / 1e3:8.2f} ms {kernel.count:4d}x {kernel.key[:150]}")
-
-
-def _accumulate(run: Runtime, batches: list[Batch]) -> None:
+def accumulate(run: Runtime, batches: list[Batch]) -> None:
     zero_gradients(run.chunks)
     run_all(run, batches, forward_only=False)
 
 
-def run_json(command: list[str]) -> dict[str, float]:
-    """Run a measurement in a process of its own and return its last line of JSON."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "MASTER_PORT": "29533"})
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode} and printed no result:\n{done.stdout}")
-    print(lines[-1], flush=True)
+def median_seconds(work: Callable[[], object], shape: Shape, synchronize: Callable[[], None]) -> float:
+    times = []
+    for _ in range(shape.warmup + shape.steps):
+        synchronize()
+        began = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[shape.warmup :])
+
+
+def optimizer_bytes(run: Runtime) -> int:
+    """What the optimizer holds before its first update: float32 master weights, where weights are in bf16."""
+    parts = run.optimizer.chained_optimizers
+    held = {
+        id(parameter): parameter
+        for part in parts
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return sum(parameter.nbytes for parameter in held.values() if parameter.dtype is torch.float32)
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def run_json(command: list[str], gpus: int) -> dict[str, float]:
+    """Run a measurement in processes of its own, pass on what it prints, and return its last line of JSON."""
+    launcher = [sys.executable, *(("-m", "torch.distributed.run", "--nproc-per-node", str(gpus)) if gpus > 1 else ())]
+    ports = {"MASTER_PORT": "29533"}
+    process = subprocess.run([*launcher, *command], stdout=subprocess.PIPE, text=True, env={**os.environ, **ports})
+    sys.stdout.write(process.stdout)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    if process.returncode or not lines:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode} and printed no result.")
     return json.loads(lines[-1])
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--measure"]:
-        print(json.dumps(measure(arguments[1], arguments[2:])), flush=True)
-        return
-    if arguments[:1] == ["--profile"]:
-        profile(arguments[1], arguments[2:])
-        return
-    baseline = None
-    if arguments[:1] == ["--baseline"]:
-        baseline, arguments = arguments[1], arguments[2:]
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, forward and backward of the 18-layer slice"
-    table = Table(
-        "precision", "ours, tokens/s", "peak GiB", "whole step, ms", "baseline, tokens/s", "ratio", title=title
-    )
-    for precision, name in BASELINE_NAMES.items():
-        ours = run_json([sys.executable, "-m", "benchmarks.train_step", "--measure", precision, *arguments])
-        cells = [f"{ours[key]:,.0f}" for key in ("tokens_per_second_per_gpu", "peak_gib", "step_ms")]
-        if baseline is not None:
-            theirs = run_json([sys.executable, baseline, "--fp8", name])["tokens_per_second_per_gpu"]
-            cells += [f"{theirs:,.0f}", f"{ours['tokens_per_second_per_gpu'] / theirs:.3f}"]
-        table.add_row(precision, *cells, *[""] * (5 - len(cells)))
-    Console(width=120).print(table)
+@contextmanager
+def corpus_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(Path(folder), vocab_size=131072)
+        yield Path(folder)
+
+
+def compare(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Measure every precision, ours and the other trainer's by turns, and print the table."""
+    name, shape = options.shape, SHAPES[options.shape]
+    title = f"{device_name()} x {shape.gpus}, torch {torch.__version__}, {name}"
+    table = Table(title=title)
+    for column in ("precision", "ours, tokens/s per GPU", "TFLOP/s", "peak GiB", "whole step, ms"):
+        table.add_column(column)
+    for column in ("baseline, tokens/s per GPU", "its peak GiB", "ratio"):
+        table.add_column(column)
+    kind = shape.compared.removesuffix("_tokens_per_second_per_gpu")
+    with corpus_folder() as corpus:
+        for precision in options.precisions.split(","):
+            module = ["-m", "benchmarks.train_step", "measure", name, precision, str(corpus)]
+            ours = run_json([*module, *(["--profile"] if options.profile else []), *overrides], shape.gpus)
+            row = [f"{ours[shape.compared]:,.0f}", f"{ours[f'{kind}_tflops_per_gpu']:,.0f}"]
+            row += [f"{ours[f'{kind}_peak_gib']:.1f}", f"{ours['step_ms']:,.0f}"]
+            if options.baseline:
+                command = [options.baseline, "--fp8", BASELINE_NAMES[precision], *shape.baseline_arguments]
+                theirs = run_json(command, shape.gpus)
+                speed = theirs["tokens_per_second_per_gpu"]
+                row += [f"{speed:,.0f}", f"{theirs['peak_gib']:.1f}", f"{ours[shape.compared] / speed:.3f}"]
+            table.add_row(precision, *row)
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="shape", required=True)
+    for name in SHAPES:
+        command = commands.add_parser(name)
+        command.add_argument("--baseline", metavar="FILE")
+        command.add_argument("--precisions", default=",".join(BASELINE_NAMES))
+        command.add_argument("--profile", action="store_true")
+    one = commands.add_parser("measure", help="one precision, in this process")
+    one.add_argument("name", choices=SHAPES)
+    one.add_argument("precision")
+    one.add_argument("corpus", type=Path)
+    one.add_argument("--profile", action="store_true")
+    options, overrides = parser.parse_known_args()
+    if options.shape == "measure":
+        measure(options.name, options.precision, options.corpus, options.profile, overrides)
+    else:
+        compare(options, overrides)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
