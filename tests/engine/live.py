@@ -83,7 +83,7 @@ def named_parameters(run: Runtime) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def to_array(tensor: torch.Tensor) -> NDArray[Any]:
-    return np.array(tensor.detach().float().numpy())
+    return np.array(tensor.detach().float().cpu().numpy())
 
 
 def reference_sizes(model: ModelSection) -> ReferenceSizes:
