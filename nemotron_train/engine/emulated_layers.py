@@ -38,7 +38,7 @@ class _EmulatedLinear(nn.Module):
         """With delayed scaling a norm's result is quantised before it is rounded to bfloat16: the kernel of the norm
         does it, as it knows the scale."""
         in_float32 = self.emulation.region is not None and self.emulation.is_delayed
-        return super().normalize(x_sBD.float() if in_float32 else x_sBD)  # type: ignore[misc]
+        return super().normalize(x_sBD.float() if in_float32 else x_sBD)
 
     def _forward_impl(
         self,
@@ -52,7 +52,7 @@ class _EmulatedLinear(nn.Module):
     ) -> Tensor:
         """Megatron-Core's seam: the product with what surrounds it on the ranks of a column-parallel layer."""
         if self.emulation.region is None:
-            return super()._forward_impl(  # type: ignore[misc]
+            return super()._forward_impl(
                 input,
                 weight,
                 *args,

@@ -245,5 +245,5 @@ def _add_to_main(weight: Tensor, gradient: Tensor) -> Tensor:
     if not hasattr(weight, "main_grad"):
         return gradient.to(weight.dtype)
     weight.main_grad.add_(gradient)
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # tells Megatron-Core's hook to leave it
+    weight.grad_added_to_main_grad = True  # tells Megatron-Core's hook to leave it
     return torch.empty_like(weight)  # the hook wants one
