@@ -13,6 +13,7 @@ import torch
 from nemotron_train.precision.delayed_scaling import AmaxHistory, DelayedScales, advance_together
 from nemotron_train.precision.fp8_reference import Fp8Format
 from nemotron_train.precision.recipe import DELAYED_HISTORY_STEPS
+from tests.precision.states import same
 
 
 def use(history: AmaxHistory, *maxima: float) -> list[float]:
@@ -68,11 +69,6 @@ def scales_after_uses() -> DelayedScales:
         use(scales.backward, amax / 100)
     scales.forward.note(0, torch.tensor(9.0))
     return scales
-
-
-def same(one: DelayedScales, other: DelayedScales) -> bool:
-    pairs = ((one.forward, other.forward), (one.backward, other.backward))
-    return all(torch.equal(a.scale_Q, b.scale_Q) and torch.equal(a.amax_LQ, b.amax_LQ) for a, b in pairs)
 
 
 def test_bytes_bring_back_the_state() -> None:
