@@ -10,7 +10,7 @@ from tests.precision.small_fp8 import FORMATS, TP2_SP, fp8_config
 from tests.ranks import RankPool
 from tests.small_runs import read_metrics, train
 
-STEPS = 25
+STEPS = 20
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -35,13 +35,17 @@ def test_fp8_follows_bf16_and_is_not_bf16(
     was asked for FP8 quantises nothing."""
     found = curve(ranks, corpus, tmp_path, format)
     assert found == pytest.approx(in_bf16, rel=1e-2)
-    assert found[-1] < 0.4 * found[0]
+    assert found[-1] < 0.5 * found[0]
     assert found[0] != in_bf16[0]
 
 
 @pytest.mark.parametrize(
     ("format", "world_size", "parallel"),
-    [("fp8_delayed", 1, {}), ("fp8_delayed", 2, TP2_SP), ("fp8_block", 2, {"pipeline_parallel_size": 2})],
+    [
+        ("fp8_delayed", 2, TP2_SP),
+        pytest.param("fp8_delayed", 1, {}, marks=pytest.mark.slow),
+        pytest.param("fp8_block", 2, {"pipeline_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_stopped_goes_on_bitwise(
     ranks: RankPool, corpus: Path, tmp_path: Path, format: str, world_size: int, parallel: dict[str, Any]
@@ -63,6 +67,7 @@ def test_a_run_that_stopped_goes_on_bitwise(
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_delayed_scales_may_be_read_under_another_layout(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     """Fails if scales are stored by rank, or read by the wrong layer: without them the loss would jump."""
     for name, layouts in (
