@@ -2,7 +2,8 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.engine import plain_layers
+from nemotron_train.engine.emulated_layers import emulated
 from nemotron_train.engine.layer_precision import LayerPrecision
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.platform.device import Platform
-from nemotron_train.precision.recipe import Scaling, fp8_recipe
+from nemotron_train.precision.emulation import Emulation
+from nemotron_train.precision.recipe import Fp8Recipe, Scaling, fp8_recipe
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,13 @@ def choose_layer_parts(plan: RunPlan, platform: Platform) -> LayerParts:
     """Choose Transformer Engine on CUDA, plain torch on the CPU, in float32, and where it is not installed."""
     is_plain = not platform.is_cuda or plan.config.precision.format is PrecisionFormat.fp32
     if is_plain or importlib.util.find_spec("transformer_engine") is None:
-        return plain_parts(platform)
+        return plain_parts(plan, platform)
     return transformer_engine_parts(plan)
 
 
-def plain_parts(platform: Platform) -> LayerParts:
-    """Plain torch layers; they run on the CPU and on CUDA."""
-    return LayerParts(
+def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
+    """Plain torch layers; they run on the CPU and on CUDA, with FP8 emulated where the plan says so."""
+    parts = LayerParts(
         name=f"plain torch layers on {platform.device.type}",
         norm=plain_layers.RMSNorm,
         norm_column_linear=plain_layers.NormColumnParallelLinear,
@@ -54,6 +57,18 @@ def plain_parts(platform: Platform) -> LayerParts:
         precision=LayerPrecision(),
         fuses_weight_gradients=False,
     )
+    recipe = fp8_recipe(plan.config.precision)
+    if recipe is None:
+        return parts
+    emulation = Emulation(recipe)
+    return replace(
+        parts,
+        name=f"{parts.name}, {plan.config.precision.format.value} emulated in float32",
+        norm_column_linear=emulated(parts.norm_column_linear, emulation),
+        row_linear=emulated(parts.row_linear, emulation),
+        checkpoint=lambda run, x, group: tensor_parallel.checkpoint(emulation.to_recompute(run), False, x),
+        precision=_precision(plan, recipe, emulation.enter),
+    )
 
 
 def transformer_engine_parts(plan: RunPlan) -> LayerParts:
@@ -63,11 +78,7 @@ def transformer_engine_parts(plan: RunPlan) -> LayerParts:
     recipe = fp8_recipe(plan.config.precision)
     precision = LayerPrecision()
     if recipe is not None:
-        precision = LayerPrecision(
-            fp8_layers=plan.fp8_layers,
-            whole_stack=recipe.scaling is Scaling.delayed,
-            enter_fp8=partial(te_layers.enter_fp8, recipe),
-        )
+        precision = _precision(plan, recipe, partial(te_layers.enter_fp8, recipe))
     return LayerParts(
         name="Transformer Engine",
         norm=te_layers.rms_norm,
@@ -78,4 +89,10 @@ def transformer_engine_parts(plan: RunPlan) -> LayerParts:
         checkpoint=te_layers.checkpoint,
         precision=precision,
         fuses_weight_gradients=True,
+    )
+
+
+def _precision(plan: RunPlan, recipe: Fp8Recipe, enter_fp8: Callable[[Any], AbstractContextManager]) -> LayerPrecision:
+    return LayerPrecision(
+        fp8_layers=plan.fp8_layers, whole_stack=recipe.scaling is Scaling.delayed, enter_fp8=enter_fp8
     )

@@ -55,8 +55,11 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self.epsilon = config.layernorm_epsilon
         self.layer_norm_weight = make_norm_weight(config, input_size)
 
+    def normalize(self, x_sBD: Tensor) -> Tensor:
+        return rms_norm(x_sBD, self.layer_norm_weight, epsilon=self.epsilon)
+
     def forward(self, x_sBD: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return super().forward(rms_norm(x_sBD, self.layer_norm_weight, epsilon=self.epsilon), *args, **kwargs)
+        return super().forward(self.normalize(x_sBD), *args, **kwargs)
 
 
 class CausalAttention(nn.Module):

@@ -4,9 +4,11 @@ They are Megatron-Core's wrappers, for their constructors and checkpoint layout.
 is there.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformer_engine.pytorch as te
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
@@ -21,6 +23,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from nemotron_train.ops.documents import Documents
 from nemotron_train.precision.recipe import Fp8Recipe
@@ -59,9 +62,16 @@ def rms_norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
     return TENorm(config, hidden_size, eps=config.layernorm_epsilon)
 
 
-def enter_fp8(recipe: Fp8Recipe, group: Any) -> AbstractContextManager:
+@contextmanager
+def enter_fp8(recipe: Fp8Recipe, group: Any) -> Iterator[None]:
     """Let the linear layers inside run in FP8; `group` is that over which maxima are reduced."""
-    return te.autocast(enabled=True, recipe=te_recipe(recipe), amax_reduction_group=group)
+    with te.autocast(enabled=True, recipe=te_recipe(recipe), amax_reduction_group=group):
+        yield
+    if not torch.is_grad_enabled():
+        # Delayed scaling would add the maxima of an evaluation to those of the next training step, and a run that was
+        # stopped before it evaluated would go on with other scales.
+        for maxima in FP8GlobalStateManager.global_amax_buffer.values():
+            torch._foreach_zero_(maxima)
 
 
 def checkpoint(run: Any, x: Tensor, group: Any) -> Tensor:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from nemotron_train.config.schema import Fp8Scales, PrecisionFormat, RunConfig, StateFormat
+from nemotron_train.config.schema import Fp8Scales, ModelSection, PrecisionFormat, RunConfig, StateFormat
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.nearest import nearest_multiples, next_multiple
 from nemotron_train.plan.pattern import ParsedPattern, parse_pattern
-from nemotron_train.plan.precision_map import FP8_COLUMNS_MULTIPLE, FP8_ROWS_MULTIPLE, list_gemms
+from nemotron_train.plan.precision_map import FP8_BLOCK, FP8_COLUMNS_MULTIPLE, FP8_ROWS_MULTIPLE, list_gemms
 
 
 def fp8_keys_need_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -81,8 +81,45 @@ def fp8_products_are_aligned(config: RunConfig, world_size: int) -> Iterator[str
                 yield (
                     f"{name} has {size} {what} on each of parallel.tensor_parallel_size={tp_size} ranks; FP8 takes "
                     f"multiples of {FP8_COLUMNS_MULTIPLE} (and of {FP8_ROWS_MULTIPLE} rows), such as "
-                    f"{next_multiple(size, FP8_COLUMNS_MULTIPLE)}. Change the model's sizes or precision.format."
+                    f"{next_multiple(size, FP8_COLUMNS_MULTIPLE)}. Change the model's sizes"
+                    f"{_heads_that_fit(config.model, tp_size) if name == 'mixer.in_proj' else ''} or precision.format."
                 )
+
+
+def _heads_that_fit(model: ModelSection, tp_size: int) -> str:
+    """Name the next number of Mamba heads with which the projection into the mixer can be multiplied in FP8."""
+    groups = model.mamba_num_groups
+    for heads in range(model.mamba_num_heads + 1, model.mamba_num_heads + 16 * groups * tp_size + 1):
+        rows = 2 * heads * model.mamba_head_dim + 2 * groups * model.mamba_state_dim + heads
+        if heads % groups == 0 and heads % tp_size == 0 and rows % (FP8_COLUMNS_MULTIPLE * tp_size) == 0:
+            return f" (model.mamba_num_heads={heads} would do)"
+    return ""
+
+
+def fp8_products_are_aligned_where_sequences_are_split(config: RunConfig, world_size: int) -> Iterator[str]:
+    # Transformer Engine 2 quantises a rank's part of the sequence before it gathers the whole, and asks for whole
+    # blocks there.
+    precision, parallel = config.precision, config.parallel
+    ranks = parallel.tensor_parallel_size * parallel.context_parallel_size
+    if not (precision.format.is_fp8 and parallel.sequence_parallel and parallel.tensor_parallel_size > 1):
+        return
+    in_blocks = precision.format is PrecisionFormat.fp8_block
+    multiple = FP8_BLOCK if in_blocks else FP8_ROWS_MULTIPLE
+    for key, length in sample_lengths(config):
+        tokens = length * config.train.micro_batch_size
+        if tokens % (ranks * multiple):
+            yield (
+                f"{key}={length} x train.micro_batch_size={config.train.micro_batch_size} = {tokens} tokens are split "
+                f"over parallel.tensor_parallel_size={parallel.tensor_parallel_size} ranks, and "
+                f"{precision.format.value} takes multiples of {multiple} tokens there. "
+                f"Use {nearest_multiples(tokens, ranks * multiple)} tokens, or parallel.sequence_parallel=false."
+            )
+    if in_blocks and config.model.hidden_size % FP8_BLOCK:
+        yield (
+            f"model.hidden_size={config.model.hidden_size} is not a multiple of the {FP8_BLOCK} that share a scale in "
+            f"fp8_block, which parallel.sequence_parallel=true asks for. "
+            f"Use {nearest_multiples(config.model.hidden_size, FP8_BLOCK)}, or parallel.sequence_parallel=false."
+        )
 
 
 def bf16_state_needs_bf16_weights(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -105,5 +142,6 @@ PRECISION_RULES = (
     some_layers_run_in_fp8,
     delayed_scaling_covers_all_layers,
     fp8_products_are_aligned,
+    fp8_products_are_aligned_where_sequences_are_split,
     bf16_state_needs_bf16_weights,
 )

@@ -11,7 +11,7 @@ def check_support(config: RunConfig, platform: Platform) -> None:
     """Raise ConfigError for a precision or an optimizer state that needs libraries or a device that are not here."""
     wanted = config.precision.format
     has_transformer_engine = platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None
-    if wanted.is_fp8 and not has_transformer_engine:
+    if wanted.is_fp8 and platform.is_cuda and not has_transformer_engine:  # a CPU emulates FP8; a GPU would be wasted
         raise ConfigError(
             f"precision.format={wanted.value} needs {_what_is_missing(platform)}. Set precision.format=bf16 or fp32."
         )

@@ -1,21 +1,27 @@
 """Is what this machine cannot do refused before anything starts, with the key to change?"""
 
+import importlib.util
+
 import pytest
 import torch
 
+from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.errors import ConfigError
 from nemotron_train.platform.device import Platform
 from nemotron_train.platform.support import check_support
 from tests.plan.small import config_with
 
 CPU = Platform(device=torch.device("cpu"), backend="gloo")
+CUDA = Platform(device=torch.device("cuda", 0), backend="nccl")
 SIZES_FP8_TAKES = "model.mamba_num_heads=16"
 
 
-def test_fp8_without_cuda_is_refused() -> None:
-    """Fails if a CPU run that was asked for FP8 goes on in another precision."""
-    with pytest.raises(ConfigError, match="fp8_block needs Transformer Engine on CUDA"):
-        check_support(config_with("precision.format=fp8_block", SIZES_FP8_TAKES), CPU)
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
+@pytest.mark.parametrize("format", ["fp8_block", "fp8_current", "fp8_delayed"])
+def test_fp8_on_a_gpu_without_transformer_engine_is_refused(format: str) -> None:
+    """Fails if a GPU would spend its time on the emulation that is for CPUs."""
+    with pytest.raises(ConfigError, match=f"{format} needs Transformer Engine, which is not installed"):
+        check_support(config_with(f"precision.format={format}", SIZES_FP8_TAKES), CUDA)
 
 
 @pytest.mark.parametrize("key", ["gradients", "moments"])
@@ -25,7 +31,7 @@ def test_bf16_optimizer_state_without_transformer_engine_is_refused(key: str) ->
         check_support(config_with("precision.format=bf16", f"optim.{key}=bf16"), CPU)
 
 
-@pytest.mark.parametrize("format", ["fp32", "bf16"])
-def test_what_a_cpu_can_do_is_accepted(format: str) -> None:
-    """Fails if a plain run is refused."""
-    check_support(config_with(f"precision.format={format}"), CPU)
+@pytest.mark.parametrize("format", PrecisionFormat)
+def test_what_a_cpu_can_do_is_accepted(format: PrecisionFormat) -> None:
+    """Fails if a plain run, or one that a CPU emulates, is refused."""
+    check_support(config_with(f"precision.format={format.value}", SIZES_FP8_TAKES), CPU)

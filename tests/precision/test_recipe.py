@@ -52,7 +52,7 @@ def test_schedules_know_that_a_run_is_in_fp8(precision: PrecisionFormat, names: 
     begins, and all steps would run with the FP8 copies of the first step's weights."""
     plan = plan_run(config_with(f"precision.format={precision.value}", SIZES_FP8_TAKES), 1)
     platform = Platform(device=torch.device("cpu"), backend="gloo")
-    config = build_transformer_config(plan, operations("torch"), plain_parts(platform))
+    config = build_transformer_config(plan, operations("torch"), plain_parts(plan, platform))
     assert (config.fp8, config.fp8_recipe) == names
 
 

@@ -1,7 +1,13 @@
-"""Runs on a GPU go on bitwise, and checkpoints go between CPU and GPU."""
+"""Runs on a GPU go on bitwise, the CPU's emulation of FP8 follows them, and checkpoints go between CPU and GPU.
+
+Four processes take all runs, two on the GPU and two on the CPU: first everything that starts from nothing, then
+everything that goes on from a checkpoint, in processes that have seen nothing of the first. A process loads its
+libraries and tunes its kernels once, whatever the precision.
+"""
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +20,9 @@ from tests.small_runs import read_metrics, small_config, train, write_corpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
-STEPS = 12  # of 128 tokens a sample, four times what the small run has
+STEPS, STOP = 8, 4  # of 128 tokens a sample, four times what the small run has
 SIZES = dict(
+    layer_pattern="M-*-M",
     hidden_size=256,
     ffn_hidden_size=512,
     attention_head_dim=64,
@@ -24,55 +31,111 @@ SIZES = dict(
     mamba_state_dim=64,
     mamba_chunk_size=64,
 )
-DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "MAMBA_DETERMINISTIC": "1"}
+DETERMINISTIC = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "MAMBA_DETERMINISTIC": "1",
+    "TRITON_CACHE_AUTOTUNING": "1",  # the second process on the GPU takes over what the first has tuned
+}
+ALL = ("bf16", "fp8_block", "fp8_current", "fp8_delayed")
+BETWEEN = ("bf16", "fp8_delayed")  # whose checkpoints go between CPU and GPU: without and with state of FP8
+
+Job = tuple[RunConfig, int | None]  # a run, and the step after which it is stopped
 
 
-def config_in(tmp_path: Path, name: str, precision: PrecisionFormat) -> RunConfig:
-    corpus = tmp_path / "corpus"
-    if not corpus.exists():
-        corpus.mkdir()
-        write_corpus(corpus)
-    return small_config(
-        corpus,
-        tmp_path / name,
-        steps=4 * STEPS,
-        model=SIZES,
-        precision={"format": precision},
-        train={"seq_length": 128},
-    )
+class Runs:
+    """All runs of this file, by folder name: `PLACE-PRECISION-WHAT`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.corpus = folder, folder / "corpus"
+        self.corpus.mkdir()
+        write_corpus(self.corpus)
+
+    def job(self, name: str, stop: int | None = None) -> Job:
+        config = small_config(
+            self.corpus,
+            self.folder / name,
+            steps=4 * STEPS,
+            model=SIZES,
+            precision={"format": PrecisionFormat(name.split("-")[1])},
+            # Runs that are stopped at a step do not evaluate there, so the straight ones must not change by doing it.
+            train={"seq_length": 128, "eval_every_steps": STOP},
+        )
+        return config, stop
+
+    def take(self) -> None:
+        on_gpu = [self.job(f"gpu-{precision}-{what}", stop)
+                  for precision in ALL for what, stop in (("straight", None), ("stopped", STOP))]  # fmt: skip
+        on_cpu = [self.job(f"cpu-{precision}-stopped", STOP) for precision in BETWEEN]
+        self.wait(self.start(on_gpu), self.start([*on_cpu, self.job("cpu-fp8_block-straight")], on_cpu=True))
+        for precision in BETWEEN:
+            for first, second in (("gpu", "cpu"), ("cpu", "gpu")):
+                shutil.copytree(
+                    self.folder / f"{first}-{precision}-stopped", self.folder / f"{first}-{precision}-then_on_{second}"
+                )
+        on_gpu = [self.job(f"gpu-{precision}-stopped") for precision in ALL]
+        on_gpu += [self.job(f"cpu-{precision}-then_on_gpu") for precision in BETWEEN]
+        on_cpu = [self.job(f"gpu-{precision}-then_on_cpu") for precision in BETWEEN]
+        self.wait(self.start(on_gpu), self.start(on_cpu, on_cpu=True))
+
+    def start(self, jobs: list[Job], *, on_cpu: bool = False) -> subprocess.Popen:
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.run.test_gpu_runs"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, **DETERMINISTIC, **hidden},
+        )
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps(jobs))
+        process.stdin.close()
+        return process
+
+    def wait(self, *processes: subprocess.Popen) -> None:
+        codes = [process.wait() for process in processes]
+        assert not any(codes), codes
+
+    def losses(self, name: str) -> list[float]:
+        found = [record["loss"] for record in read_metrics(self.folder / name) if "loss" in record]
+        assert len(found) == STEPS
+        return found
 
 
-def run_alone(config: RunConfig, stop_after: int | None = None, *, on_cpu: bool = False) -> None:
-    """Train in a process of its own."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
-    command = [sys.executable, "-m", "tests.run.test_gpu_runs"]
-    environment = {**os.environ, **DETERMINISTIC, **hidden}
-    subprocess.run(command, input=pickle.dumps((config, stop_after)), env=environment, check=True)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("gpu_runs"))
+    runs.take()
+    return runs
 
 
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+@pytest.mark.parametrize("precision", ALL)
+def test_a_run_that_stopped_goes_on_bitwise(runs: Runs, precision: str) -> None:
+    """Fails if a checkpoint forgets what a GPU run needs, the history of delayed scaling included, if evaluating
+    changes that history, or if the quantised weights of a resumed run are others."""
+    assert runs.losses(f"gpu-{precision}-stopped") == runs.losses(f"gpu-{precision}-straight")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_block", "fp8_current", "fp8_delayed"])
-def test_a_run_that_stopped_goes_on_bitwise(tmp_path: Path, precision: str) -> None:
-    """Fails if a checkpoint forgets what a GPU run needs, the history of delayed scaling included, or if the quantised
-    weights of a resumed run are others."""
-    for name, stops in (("straight", [None]), ("stopped", [5, None])):
-        for stop in stops:
-            run_alone(config_in(tmp_path, name, PrecisionFormat(precision)), stop)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+@pytest.mark.parametrize("name", [f"{first}-{precision}-then_on_{second}"
+                                  for first, second in (("cpu", "gpu"), ("gpu", "cpu"))
+                                  for precision in BETWEEN])  # fmt: skip
+def test_a_checkpoint_goes_between_cpu_and_gpu(runs: Runs, name: str) -> None:
+    """Fails if Transformer Engine's layers and the plain ones store their weights, or what delayed scaling remembers,
+    differently."""
+    straight = runs.losses(f"gpu-{name.split('-')[1]}-straight")
+    assert runs.losses(name) == pytest.approx(straight, rel=5e-3)
 
 
-@pytest.mark.parametrize("first_on_cpu", [True, False])
-def test_a_checkpoint_goes_between_cpu_and_gpu(tmp_path: Path, first_on_cpu: bool) -> None:
-    """Fails if Transformer Engine's layers and the plain ones store their weights differently."""
-    config = config_in(tmp_path, "both", PrecisionFormat.bf16)
-    run_alone(config, 5, on_cpu=first_on_cpu)
-    run_alone(config, on_cpu=not first_on_cpu)
-    run_alone(config_in(tmp_path, "gpu", PrecisionFormat.bf16))
-    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "gpu"), rel=5e-3)
+def test_the_emulation_follows_the_gpu(runs: Runs) -> None:
+    """Fails if a CPU learns something else in emulated FP8 than a GPU in FP8."""
+    assert runs.losses("cpu-fp8_block-straight") == pytest.approx(runs.losses("gpu-fp8_block-straight"), rel=5e-3)
+
+
+def main() -> None:
+    for config, stop in pickle.loads(sys.stdin.buffer.read()):
+        train(config, stop)
+        if torch.cuda.is_available():
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            FP8GlobalStateManager.reset()  # what delayed scaling keeps of the layers of the run before
 
 
 if __name__ == "__main__":
-    train(*pickle.loads(sys.stdin.buffer.read()))
+    main()
