@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_tools.documents import COMPRESSED_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, find_files
+from data_tools.documents import COMPRESSED_SUFFIXES, TEXT_SUFFIXES, find_files
 from data_tools.encoders import ENGINES, choose_engine, special_token_id
 from data_tools.executors import EXECUTORS, run_all
 from data_tools.parts import Part, plan_parts
@@ -31,7 +31,7 @@ from nemotron_train.data.tokenizer_file import tokenizer_size
 from nemotron_train.errors import ConfigError, DataError
 
 BYTES_A_TOKEN = 4  # of English text and code, about; decides the number of shards and nothing else
-EXPANSION = {**dict.fromkeys(COMPRESSED_SUFFIXES, 4), PARQUET_SUFFIX: 2}
+COMPRESSION = 4  # of JSONL, about
 
 OnProgress = Callable[[str, int, int, int], None]
 
@@ -53,7 +53,7 @@ def tokenize(
         on_progress: called with what is being done, how much of it is done and in all, and tokens so far.
 
     Returns:
-        None if other tasks still have parts to do.
+        None if other tasks still have parts to do, or write the shards.
 
     Raises:
         ConfigError: the tokenizer lacks the end-of-document token, or a setting is out of range.
@@ -79,14 +79,22 @@ def tokenize(
     )
     record.write_begun()
     run = partial(run_all, executor=executor, num_workers=num_workers)
-    with lock(record.work / f"task_{task[0]}.lock"):
+    task_lock = record.work / f"task_{task[0]}.lock"
+    with lock(task_lock) as is_ours:
+        if not is_ours:
+            raise DataError(
+                f"{task_lock} is locked: another process is at the same work. Wait for it, or choose another --output."
+            )
         total, read, tokens = sum(part.num_bytes for part in parts), 0, 0
         for num_bytes, num_tokens in run(job.tokenize_part, parts[task[0] :: task[1]]):
             read, tokens = read + num_bytes, tokens + num_tokens
             on_progress("tokenize", read, total, tokens)
         if not all(job.is_done(part.number) for part in parts):
             return None
-        with lock(record.work / "shards.lock"):
+        with lock(record.work / "shards.lock") as is_ours:
+            if not is_ours:  # two tasks were the last ones; the other writes the shards
+                return None
+            job.list_spills()
             shards = []
             for shard in run(job.write_shard, range(job.num_shards)):
                 shards += [shard] if shard is not None else []
@@ -100,10 +108,9 @@ def tokenize(
 
 def count_shards(parts: Sequence[Part], shard_tokens: int) -> int:
     """Return into how many shards the input goes, by its size."""
-    size = 0
-    for part in parts:
-        suffix = next((known for known in EXPANSION if part.files[0].name.endswith(known)), "")
-        size += part.num_bytes * EXPANSION.get(suffix, 1)
+    size = sum(
+        part.num_bytes * (COMPRESSION if part.files[0].name.endswith(COMPRESSED_SUFFIXES) else 1) for part in parts
+    )
     return max(1, -(-size // (BYTES_A_TOKEN * shard_tokens)))
 
 
@@ -124,16 +131,20 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock; it is gone when this process is, however it ends."""
-    with path.open("w") as file:
+def lock(path: Path) -> Iterator[bool]:
+    """Hold a lock, or yield False if another process does; it is gone when its process is, however that ends."""
+    try:
+        file = path.open("w")
+    except FileNotFoundError:  # the work is finished, its folder gone
+        yield False
+        return
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"{path} is locked: another process is at the same work. Wait for it, or choose another --output."
-            ) from error
-        yield
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def run(arguments: argparse.Namespace) -> None:
