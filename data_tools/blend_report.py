@@ -116,9 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         draw(report, arguments.png)
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("blend", help="show what an experiment reads: sources, weights, epochs")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="+", metavar="experiment=NAME", help="and key=value ...")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the mixture over the run")
-    parser.set_defaults(run=run)

@@ -6,8 +6,8 @@ the definition on the first documents and on one in a thousand all along.
 
 import importlib.util
 import json
-from collections.abc import Sequence
-from itertools import chain
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ from nemotron_train.errors import ConfigError, DataError
 ENGINES = ("auto", "gigatoken", "tokenizers")
 COMPARED_ONE_IN = 1000
 COMPARED_AT_FIRST = 20  # documents of a process
+ENCODED_CHARACTERS = 1 << 18  # at once by `tokenizers`, which holds some hundred bytes for each
+LONGEST_PIECE = 1 << 20  # characters of a text that are encoded as one
+# Where longer texts are cut: after the one line end, or before the one space, between two others. There the usual
+# tokenizers end a word or sign and begin the next, so that the ids are those of the whole text.
+_SEAM = re.compile(r"(?<=\S\n)(?=\S)|(?<=\w)(?= \w)")
+SEAM_CHARACTERS = 1 << 12  # looked through for one, before a text is cut anywhere
 
 
 class TokenizersEncoder:
@@ -36,10 +42,11 @@ class TokenizersEncoder:
 
     def __call__(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the ids of all texts, one after the other, and how many each has."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        lengths = np.array([len(document) for document in ids], dtype=np.int64)
-        return np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=int(lengths.sum())), lengths
+        ids: list[NDArray[np.int64]] = []
+        for group in _groups(texts, ENCODED_CHARACTERS):
+            encodings = self._tokenizer.encode_batch_fast(group, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return np.concatenate([np.zeros(0, np.int64), *ids]), np.array([len(text) for text in ids], dtype=np.int64)
 
 
 class GigatokenEncoder:
@@ -97,6 +104,8 @@ class DocumentEncoder:
         counts = np.ones(len(documents), dtype=np.int64)  # pieces of each document
         for number, document in enumerate(documents):
             cut = self._cutter.cut(document.text, key + number) if self._cutter.rate else [(None, document.text)]
+            if len(document.text) > LONGEST_PIECE:
+                cut = [(name if first else None, part) for name, text in cut for first, part in _short_pieces(text)]
             counts[number] = len(cut)
             pieces += cut
         texts = [text for _, text in pieces]
@@ -147,6 +156,31 @@ class DocumentEncoder:
                 f"{documents[document_of[pieces[wrong]]].place}: gigatoken gives other token ids than tokenizers for "
                 "this document. Use --engine tokenizers."
             )
+
+
+def _short_pieces(text: str) -> Iterator[tuple[bool, str]]:
+    """Cut a text into pieces of up to LONGEST_PIECE characters, and say which is the first."""
+    start = 0
+    while len(text) - start > LONGEST_PIECE:
+        most = start + LONGEST_PIECE
+        end = max((seam.start() for seam in _SEAM.finditer(text, most - SEAM_CHARACTERS, most)), default=most)
+        yield start == 0, text[start:end]
+        start = end
+    yield start == 0, text[start:]
+
+
+def _groups(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
+    """Yield successive texts that have about so many characters together."""
+    group: list[str] = []
+    held = 0
+    for text in texts:
+        group.append(text)
+        held += len(text)
+        if held >= characters:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def choose_engine(

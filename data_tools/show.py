@@ -94,12 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(window_text(data, window, tokenizer))
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("show", help="show a document, or what training reads, as text")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=Path, metavar="PREFIX", help="a shard")
     parser.add_argument("--document", type=int, metavar="I", help="of the shard, from 0")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of the shard")
     parser.add_argument("--window", type=int, metavar="G", help="of an experiment, from 0")
     parser.add_argument("--step", type=int, metavar="N", help="of an experiment, from 1: all its windows")
     parser.add_argument("overrides", nargs="*", help="experiment=NAME key=value ...")
-    parser.set_defaults(run=run)

@@ -59,11 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     Console(stderr=True, soft_wrap=True).print(f"{len(made)} shards, {made[0]} to {made[-1]}")
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("split", help="cut a shard into several, between documents")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, metavar="PREFIX", help="the shard to read")
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="gets _00000, _00001, ...")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--shards", type=int, metavar="N", help="how many, of about equal size")
     size.add_argument("--shard-tokens", type=int, metavar="N", help="tokens of a shard, at least")
-    parser.set_defaults(run=run)

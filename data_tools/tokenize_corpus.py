@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_tools.documents import COMPRESSED_SUFFIXES, TEXT_SUFFIXES, find_files
-from data_tools.encoders import ENGINES, choose_engine, special_token_id
+from data_tools.encoders import ENGINES, special_token_id
 from data_tools.executors import EXECUTORS, run_all
 from data_tools.parts import Part, plan_parts
 from data_tools.source_record import DEFAULT_SHARD_TOKENS, SourceRecord, TokenizedSource, TokenizeSettings
-from data_tools.tokenize_work import Job
+from data_tools.tokenize_work import Job, encoder_of
 from nemotron_train.data.shard_format import token_dtype
 from nemotron_train.data.tokenizer_file import tokenizer_size
 from nemotron_train.errors import ConfigError, DataError
@@ -166,8 +166,7 @@ def run(arguments: argparse.Namespace) -> None:
         where=tuple(_condition(text) for text in arguments.where),
         engine=arguments.engine,
     )
-    _, engine = choose_engine(settings.tokenizer, settings.engine, parse_special_tokens=settings.parse_special_tokens)
-    console.print(f"engine: {engine}")
+    console.print(f"engine: {encoder_of(settings).engine_text}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -215,8 +214,7 @@ def _task(text: str) -> tuple[int, int]:
         raise ConfigError(f"--task {text}: write I/N, such as 0/8.") from error
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("tokenize", help="turn text into .bin/.idx shards")
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders of text")
     add("--tokenizer", type=Path, required=True, metavar="PATH", help="a tokenizer.json, or a folder that holds one")
@@ -241,4 +239,3 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="of a shard, about")
     add("--shards", type=int, metavar="N", help="how many, instead of --shard-tokens")
     add("--seed", type=int, default=0, help="of the order of documents")
-    parser.set_defaults(run=run)

@@ -187,10 +187,8 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"{len(entries)} shards of {tokens} tokens are in order.")
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("verify", help="read shards whole and report all that is wrong with them")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, nargs="+", help="prefixes, folders or NAME.manifest.json")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer.json they should be made with")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens should be below it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
-    parser.set_defaults(run=run)

@@ -24,7 +24,7 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.__main__ import main
-from data_tools.documents import DocumentStream, find_files
+from data_tools.documents import find_files, read_documents
 from data_tools.parts import plan_parts
 from data_tools.source_record import TokenizedSource, TokenizeSettings
 from data_tools.tokenize_corpus import lock, tokenize
