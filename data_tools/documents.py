@@ -24,7 +24,7 @@ COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst")
 JSONL_SUFFIXES = (".jsonl", *COMPRESSED_SUFFIXES)
 PARQUET_SUFFIX = ".parquet"
 READ_BYTES = 1 << 17
-LONGEST_BYTES = 1 << 26  # of a line or a text; a process needs about ten times as much memory for it
+LONGEST_BYTES = 1 << 25  # of a line or a text; a process needs some fifteen times as much memory for it
 PARQUET_BATCH_BYTES, PARQUET_BATCH_ROWS = 1 << 23, 1024  # whichever is less
 
 

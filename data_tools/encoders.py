@@ -25,6 +25,7 @@ from nemotron_train.errors import ConfigError, DataError
 ENGINES = ("auto", "gigatoken", "tokenizers")
 COMPARED_ONE_IN = 1000
 COMPARED_AT_FIRST = 20  # documents of a process
+COMPARED_PIECES = 32  # of one batch at most, where documents are so long that they are encoded in pieces
 ENCODED_CHARACTERS = 1 << 18  # at once by `tokenizers`, which holds some hundred bytes for each
 LONGEST_PIECE = 1 << 20  # characters of a text that are encoded as one
 # Where longer texts are cut: after the one line end, or before the one space, between two others. There the usual
@@ -57,7 +58,8 @@ class GigatokenEncoder:
 
         content = json.loads(tokenizer.read_bytes())
         if not parse_special_tokens:
-            content["added_tokens"] = []  # it takes every token that is named there for what it spells
+            # It takes every token that is named there for what it spells; `tokenizers` only those that are not special.
+            content["added_tokens"] = [token for token in content.get("added_tokens", ()) if not token.get("special")]
         content["truncation"] = content["padding"] = None
         self._tokenizer: Any = gigatoken.Tokenizer.from_json(json.dumps(content))
         self._definition = TokenizersEncoder(tokenizer, parse_special_tokens=parse_special_tokens)
@@ -149,7 +151,7 @@ class DocumentEncoder:
             if self._seen + number < COMPARED_AT_FIRST or splitmix64(key + number) % COMPARED_ONE_IN == 0
         ]
         self._seen += len(documents)
-        pieces = np.flatnonzero(np.isin(document_of, chosen)).tolist()
+        pieces = np.flatnonzero(np.isin(document_of, chosen))[:COMPARED_PIECES].tolist()
         wrong = engine.differing([texts[piece] for piece in pieces]) if pieces else None
         if wrong is not None:
             raise DataError(
