@@ -211,6 +211,11 @@ def choose_engine(
     return definition, f"tokenizers (gigatoken gives other ids for {SAMPLE[wrong]!r})"
 
 
+def tokenizer_file(path: Path) -> Path:
+    """Return the `tokenizer.json` that an option names, itself or by its folder."""
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a `tokenizer.json` without the truncation and padding it may carry, which would cut or fill documents."""
     try:

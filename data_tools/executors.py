@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nemotron_train.errors import ConfigError, DataError
 
@@ -60,7 +60,8 @@ def _on_ray(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterato
         ray.init(logging_level="ERROR", log_to_driver=False)
     remote = ray.remote(num_cpus=1)(_alone)
     # Not all at once: Ray looks through what waits each time.
-    left, waiting = iter(items), []
+    left = iter(items)
+    waiting: list[Any] = []
     try:
         while True:
             waiting += [remote.remote(work, item) for item in islice(left, MOST_WAITING - len(waiting))]

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_tools.documents import COMPRESSED_SUFFIXES, TEXT_SUFFIXES, find_files
-from data_tools.encoders import ENGINES, special_token_id
+from data_tools.encoders import ENGINES, special_token_id, tokenizer_file
 from data_tools.executors import EXECUTORS, run_all
 from data_tools.parts import Part, plan_parts
 from data_tools.source_record import DEFAULT_SHARD_TOKENS, SourceRecord, TokenizedSource, TokenizeSettings
@@ -126,6 +126,8 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
             f"--fim-rate {settings.fim_rate} and --fim-tokens {tokens}: a rate above 0, at most 1, goes with three "
             "tokens, before prefix, suffix and middle."
         )
+    if not 0 <= settings.fim_spm_rate <= 1:
+        raise ConfigError(f"--fim-spm-rate {settings.fim_spm_rate} must be from 0 to 1.")
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"--task {task[0]}/{task[1]}: tasks of N are 0/N to N-1/N.")
 
@@ -149,10 +151,9 @@ def lock(path: Path) -> Iterator[bool]:
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    tokenizer = arguments.tokenizer
     settings = TokenizeSettings(
         source=arguments.source,
-        tokenizer=tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer,
+        tokenizer=tokenizer_file(arguments.tokenizer),
         text_key=arguments.text_key,
         eod_token=arguments.eod_token,
         parse_special_tokens=arguments.parse_special_tokens,

@@ -13,6 +13,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import track
 
+from data_tools.encoders import tokenizer_file
 from data_tools.executors import run_all
 from nemotron_train.data.shard import Shard
 from nemotron_train.data.shard_format import ShardLayout, bin_path, check_documents, idx_path, read_layout
@@ -182,7 +183,7 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[tuple[Path, ManifestShard |
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    tokenizer = arguments.tokenizer
+    tokenizer = tokenizer_file(arguments.tokenizer) if arguments.tokenizer else None
     expected = Expected(
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer else None,
         vocab_size=arguments.vocab_size or (tokenizer_size(tokenizer) if tokenizer else None),
@@ -210,6 +211,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, nargs="+", help="prefixes, folders or NAME.manifest.json")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer.json they should be made with")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="the tokenizer they should be made with")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens should be below it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
