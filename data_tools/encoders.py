@@ -28,9 +28,9 @@ COMPARED_AT_FIRST = 20  # documents of a process
 COMPARED_PIECES = 32  # of one batch at most, where documents are so long that they are encoded in pieces
 ENCODED_CHARACTERS = 1 << 18  # at once by `tokenizers`, which holds some hundred bytes for each
 LONGEST_PIECE = 1 << 20  # characters of a text that are encoded as one
-# Where longer texts are cut: after the one line end, or before the one space, between two others. There the usual
+# Where longer texts are cut: after a line end, or before a space and a word, no other space beside. There the usual
 # tokenizers end a word or sign and begin the next, so that the ids are those of the whole text.
-_SEAM = re.compile(r"(?<=\S\n)(?=\S)|(?<=\w)(?= \w)")
+_SEAM = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \w)")
 SEAM_CHARACTERS = 1 << 12  # looked through for one, before a text is cut anywhere
 
 

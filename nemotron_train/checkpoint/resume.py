@@ -98,8 +98,8 @@ def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan) -> Non
             f"The first {commit.consumed_tokens} tokens would be others now than those the checkpoint of step "
             f"{commit.step} was trained on "
             f"(plan hash {commit.data_hash[:12]} then, {now[:12]} now): run.seed, train.seq_length, the sources' "
-            "shards, or a phase that has already begun was changed. Restore them; train_tokens and phases that have not "
-            "begun may change." + "".join(f"\n  {line}" for line in different)
+            "shards, or a phase that has already begun was changed. Restore them; train_tokens and phases that have "
+            "not begun may change." + "".join(f"\n  {line}" for line in different)
         )
 
 
