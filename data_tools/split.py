@@ -28,8 +28,8 @@ def split(prefix: Path, output: Path, *, shards: int | None = None, shard_tokens
     layout = open_checked(prefix)
     wanted = shard_tokens or -(-layout.num_tokens // (shards or 1))
     ends = list(_cuts(layout, wanted, shards))
-    if len(ends) != (shards or max(1, len(ends))):
-        raise ConfigError(f"{prefix} gives {len(ends)} shards of whole documents, not {shards or 1} (--shards).")
+    if not ends or len(ends) != (shards or len(ends)):
+        raise ConfigError(f"{prefix} gives {len(ends)} shards of whole documents, not {shards or 'any'} (--shards).")
     made = []
     for number, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         made.append(output.with_name(f"{output.name}_{number:05d}"))
