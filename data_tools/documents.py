@@ -145,11 +145,12 @@ def _lines_from(path: Path, file: BinaryIO, start: int, end: int | None) -> Iter
         at -= 1
         for rest in iter(partial(file.readline, READ_BYTES), b""):  # of a line that began before
             at += len(rest)
-            if rest.endswith(b"\n") or (end is not None and at >= end):
+            if rest.endswith(b"\n"):
                 break
-    for line in _lines(path, file):
-        if end is not None and at >= end:
-            return
+            if end is not None and at >= end:
+                return
+    lines = iter(_lines(path, file))
+    while (end is None or at < end) and (line := next(lines, b"")):
         if len(line) > LONGEST_BYTES:
             raise _too_long(path, f"the line at byte {at}")
         yield at, line

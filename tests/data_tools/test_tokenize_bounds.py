@@ -87,11 +87,17 @@ def test_a_text_too_long_to_hold_is_refused_with_its_place(
                 list(read_documents(tmp_path / name, "text", ()))
 
 
-def test_a_line_longer_than_many_parts_belongs_to_the_part_it_begins_in(tmp_path: Path) -> None:
+def test_a_line_longer_than_many_parts_belongs_to_the_part_it_begins_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the parts within a long line read it, each anew, or take its rest for a document."""
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "x" * 1_000_000, "three"])
     found = [[d.text[:5] for d in part.documents("text", ())] for part in plan_parts([path], 100_000)]
     assert [part for part in found if part] == [["one", "xxxxx"], ["three"]]
+    monkeypatch.setattr(documents, "READ_BYTES", 1000)
+    with path.open("rb") as file:
+        assert list(documents._lines_from(path, file, 300_000, 400_000)) == []
+        assert file.tell() <= 401_000
 
 
 def test_few_rows_of_long_texts_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
