@@ -223,6 +223,8 @@ def _valid_text(text: object) -> str:
     """Return the text with lone surrogates, which JSON can spell but no encoding has, replaced."""
     if not isinstance(text, str):
         raise TypeError(f"got {type(text).__name__} instead of a text")
+    if text.isascii():  # known without looking
+        return text
     try:
         text.encode()
         return text

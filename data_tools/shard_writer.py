@@ -16,6 +16,8 @@ from nemotron_train.data.shard_format import bin_path, idx_path, write_index
 from nemotron_train.data.shard_meta import PROBE_BYTES, ShardMeta, meta_bytes, meta_path, probe_hash
 from nemotron_train.errors import DataError
 
+WRITTEN_TOKENS = 1 << 18  # at once: few enough to stay in the processor's cache while they are hashed and counted
+
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
@@ -63,12 +65,14 @@ def write_shuffled_shard(
     def write_tokens(file: BinaryIO) -> None:
         nonlocal tokens, eod_count, eods_at_ends, max_id
         for block in blocks:
-            digest.update(block.data)
-            file.write(block.data)
+            for start in range(0, len(block), WRITTEN_TOKENS):
+                piece = block[start : start + WRITTEN_TOKENS]
+                digest.update(piece.data)
+                file.write(piece.data)
+                eod_count += int(np.count_nonzero(piece == origin.eod_id))
+                max_id = max(max_id, int(piece.max()))
             first, end = np.searchsorted(ends, (tokens, tokens + len(block)), side="right").tolist()
             eods_at_ends += int(np.count_nonzero(block[ends[first:end] - tokens - 1] == origin.eod_id))
-            eod_count += int(np.count_nonzero(block == origin.eod_id))
-            max_id = max(max_id, int(block.max()))
             tokens += len(block)
 
     def write_lengths(file: BinaryIO) -> None:
