@@ -96,7 +96,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     below = np.zeros(len(phases))
     for name, color in zip(names, colors, strict=False):
         shares = np.array([phase["weights"].get(name, 0.0) for phase in phases])
-        style = {"align": "edge", "edgecolor": "white", "linewidth": 0.5}
+        style: dict[str, Any] = {"align": "edge", "edgecolor": "white", "linewidth": 0.5}
         axes.bar(starts, shares, width=widths, bottom=below, color=color, label=name, **style)
         below += shares
     axes.set(xlim=(0, report["train_tokens"]), ylim=(0, 1), xlabel="tokens of the run", ylabel="share of the tokens")
