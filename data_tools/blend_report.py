@@ -89,7 +89,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     columns = -(-len(names) // LEGEND_ROWS)
     figure = Figure(figsize=(7 + 2 * columns, 4 + 0.1 * min(len(names), LEGEND_ROWS)), layout="constrained")
     axes = figure.subplots()
-    colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(names))) if len(names) > 10 else colormaps["tab10"].colors
+    few = len(names) <= 10
+    colors = colormaps["tab10"](np.arange(10)) if few else colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
     phases = [phase for phase in report["phases"] if phase["end_tokens"] > phase["start_tokens"]]
     starts = np.array([phase["start_tokens"] for phase in phases])
     widths = np.array([phase["end_tokens"] for phase in phases]) - starts
