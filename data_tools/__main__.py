@@ -3,23 +3,39 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from rich.console import Console
 
-from data_tools import blend_report, merge, ngram, show, split, stdlib_corpus, tokenize_corpus, train_tokenizer, verify
 from nemotron_train.errors import EXIT_FAILED, NemotronTrainError
 
-# Each has add_command(commands), which sets `run`.
-COMMANDS = (tokenize_corpus, merge, split, verify, show, blend_report, train_tokenizer, stdlib_corpus, ngram)
+# The file of each command, and what it does. A file has add_options(parser) and run(arguments); only the one asked for
+# is imported, because each of the processes that share its work imports what stands here anew.
+COMMANDS = {
+    "tokenize": ("tokenize_corpus", "turn text into .bin/.idx shards"),
+    "merge": ("merge", "put shards together, in the order given"),
+    "split": ("split", "cut a shard into several, between documents"),
+    "verify": ("verify", "read shards whole and report all that is wrong with them"),
+    "show": ("show", "show a document, or what training reads, as text"),
+    "blend": ("blend_report", "show what an experiment reads: sources, weights, epochs"),
+    "train-tokenizer": ("train_tokenizer", "learn a byte-level BPE vocabulary from text"),
+    "stdlib-corpus": ("stdlib_corpus", "collect the text that comes with Python as a small corpus"),
+    "ngram": ("ngram", "held-out loss of counting models, in nats per token"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors the user can mend are shown without a traceback."""
+    asked = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="data_tools", description="Prepare text for training, without a GPU.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_command(commands)
-    arguments = parser.parse_args(argv)
+    for name, (file, purpose) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose)
+        if name in asked[:1]:
+            module = import_module(f"data_tools.{file}")
+            module.add_options(command)
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args(asked)
     try:
         arguments.run(arguments)
     except NemotronTrainError as error:

@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +16,8 @@ from nemotron_train.config.load import load_config
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.open_sources import build_plan, open_data
 from nemotron_train.plan.batching import plan_batches
+
+LEGEND_ROWS = 20
 
 
 def describe_blend(config: RunConfig) -> dict[str, Any]:
@@ -79,28 +84,26 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw the share of every source over the tokens of the run."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """Draw the share of every source over the tokens of the run, the sources named in the order of the bars."""
+    names = list(report["sources"])
+    columns = -(-len(names) // LEGEND_ROWS)
+    figure = Figure(figsize=(7 + 2 * columns, 4 + 0.1 * min(len(names), LEGEND_ROWS)), layout="constrained")
     axes = figure.subplots()
-    edges = [(phase["start_tokens"], phase["end_tokens"], phase) for phase in report["phases"]]
-    edges = [edge for edge in edges if edge[1] > edge[0]]
-    for number, name in enumerate(report["sources"]):
-        for start, end, phase in edges:
-            names = list(report["sources"])
-            below = sum(phase["weights"].get(other, 0.0) for other in names[:number])
-            axes.bar(
-                start,
-                phase["weights"].get(name, 0.0),
-                width=end - start,
-                bottom=below,
-                align="edge",
-                color=f"C{number % 10}",
-                edgecolor="white",
-                label=name if start == edges[0][0] else None,
-            )
+    few = len(names) <= 10
+    colors = colormaps["tab10"](np.arange(10)) if few else colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
+    phases = [phase for phase in report["phases"] if phase["end_tokens"] > phase["start_tokens"]]
+    starts = np.array([phase["start_tokens"] for phase in phases])
+    widths = np.array([phase["end_tokens"] for phase in phases]) - starts
+    below = np.zeros(len(phases))
+    for name, color in zip(names, colors, strict=False):
+        shares = np.array([phase["weights"].get(name, 0.0) for phase in phases])
+        style: dict[str, Any] = {"align": "edge", "edgecolor": "white", "linewidth": 0.5}
+        axes.bar(starts, shares, width=widths, bottom=below, color=color, label=name, **style)
+        below += shares
     axes.set(xlim=(0, report["train_tokens"]), ylim=(0, 1), xlabel="tokens of the run", ylabel="share of the tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title(f"What {report['experiment']} reads", loc="left", fontweight="bold")
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside right upper", frameon=False, reverse=True, ncols=columns)
     figure.savefig(path, dpi=120)
 
 
@@ -116,9 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         draw(report, arguments.png)
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("blend", help="show what an experiment reads: sources, weights, epochs")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="+", metavar="experiment=NAME", help="and key=value ...")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the mixture over the run")
-    parser.set_defaults(run=run)

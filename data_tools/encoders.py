@@ -6,8 +6,8 @@ the definition on the first documents and on one in a thousand all along.
 
 import importlib.util
 import json
-from collections.abc import Sequence
-from itertools import chain
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ from nemotron_train.errors import ConfigError, DataError
 ENGINES = ("auto", "gigatoken", "tokenizers")
 COMPARED_ONE_IN = 1000
 COMPARED_AT_FIRST = 20  # documents of a process
+COMPARED_PIECES = 32  # of one batch at most, where documents are so long that they are encoded in pieces
+ENCODED_CHARACTERS = 1 << 18  # at once by `tokenizers`, which holds some hundred bytes for each
+LONGEST_PIECE = 1 << 20  # characters of a text that are encoded as one
+# Where longer texts are cut: after a line end, or before a space and a word, no other space beside. There the usual
+# tokenizers end a word or sign and begin the next, so that the ids are those of the whole text.
+_SEAM = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \w)")
+SEAM_CHARACTERS = 1 << 12  # looked through for one, before a text is cut anywhere
 
 
 class TokenizersEncoder:
@@ -36,10 +43,11 @@ class TokenizersEncoder:
 
     def __call__(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the ids of all texts, one after the other, and how many each has."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        lengths = np.array([len(document) for document in ids], dtype=np.int64)
-        return np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=int(lengths.sum())), lengths
+        ids: list[NDArray[np.int64]] = []
+        for group in _groups(texts, ENCODED_CHARACTERS):
+            encodings = self._tokenizer.encode_batch_fast(group, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return np.concatenate([np.zeros(0, np.int64), *ids]), np.array([len(text) for text in ids], dtype=np.int64)
 
 
 class GigatokenEncoder:
@@ -50,7 +58,8 @@ class GigatokenEncoder:
 
         content = json.loads(tokenizer.read_bytes())
         if not parse_special_tokens:
-            content["added_tokens"] = []  # it takes every token that is named there for what it spells
+            # It takes every token that is named there for what it spells; `tokenizers` only those that are not special.
+            content["added_tokens"] = [token for token in content.get("added_tokens", ()) if not token.get("special")]
         content["truncation"] = content["padding"] = None
         self._tokenizer: Any = gigatoken.Tokenizer.from_json(json.dumps(content))
         self._definition = TokenizersEncoder(tokenizer, parse_special_tokens=parse_special_tokens)
@@ -97,6 +106,8 @@ class DocumentEncoder:
         counts = np.ones(len(documents), dtype=np.int64)  # pieces of each document
         for number, document in enumerate(documents):
             cut = self._cutter.cut(document.text, key + number) if self._cutter.rate else [(None, document.text)]
+            if len(document.text) > LONGEST_PIECE:
+                cut = [(name if first else None, part) for name, text in cut for first, part in _short_pieces(text)]
             counts[number] = len(cut)
             pieces += cut
         texts = [text for _, text in pieces]
@@ -140,13 +151,38 @@ class DocumentEncoder:
             if self._seen + number < COMPARED_AT_FIRST or splitmix64(key + number) % COMPARED_ONE_IN == 0
         ]
         self._seen += len(documents)
-        pieces = np.flatnonzero(np.isin(document_of, chosen)).tolist()
+        pieces = np.flatnonzero(np.isin(document_of, chosen))[:COMPARED_PIECES].tolist()
         wrong = engine.differing([texts[piece] for piece in pieces]) if pieces else None
         if wrong is not None:
             raise DataError(
                 f"{documents[document_of[pieces[wrong]]].place}: gigatoken gives other token ids than tokenizers for "
                 "this document. Use --engine tokenizers."
             )
+
+
+def _short_pieces(text: str) -> Iterator[tuple[bool, str]]:
+    """Cut a text into pieces of up to LONGEST_PIECE characters, and say which is the first."""
+    start = 0
+    while len(text) - start > LONGEST_PIECE:
+        most = start + LONGEST_PIECE
+        end = max((seam.start() for seam in _SEAM.finditer(text, most - SEAM_CHARACTERS, most)), default=most)
+        yield start == 0, text[start:end]
+        start = end
+    yield start == 0, text[start:]
+
+
+def _groups(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
+    """Yield successive texts that have about so many characters together."""
+    group: list[str] = []
+    held = 0
+    for text in texts:
+        group.append(text)
+        held += len(text)
+        if held >= characters:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def choose_engine(
@@ -173,6 +209,11 @@ def choose_engine(
     if engine == "gigatoken":
         raise ConfigError(f"--engine gigatoken gives other ids than tokenizers with {tokenizer}: {SAMPLE[wrong]!r}.")
     return definition, f"tokenizers (gigatoken gives other ids for {SAMPLE[wrong]!r})"
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Return the `tokenizer.json` that an option names, itself or by its folder."""
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -3,14 +3,16 @@
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nemotron_train.errors import ConfigError, DataError
 
 EXECUTORS = ("local", "ray")
+MOST_WAITING = 10_000  # tasks handed to Ray and not done
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -40,12 +42,10 @@ def _in_processes(work: Callable[[_Item], _Result], items: Sequence[_Item], num_
         min(num_workers, len(items)), mp_context=get_context("spawn"), initializer=use_one_thread
     )
     try:
-        waiting = {pool.submit(work, item) for item in items}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+        for future in as_completed([pool.submit(work, item) for item in items]):
+            yield future.result()
     except BrokenProcessPool as error:
-        raise DataError("A tokenizing process was killed, perhaps for lack of memory. Lower --workers.") from error
+        raise DataError("A working process was killed, perhaps for lack of memory. Lower --workers.") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -59,9 +59,14 @@ def _on_ray(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterato
         # A cluster where there is one (RAY_ADDRESS, or on a node of it), else one on this machine.
         ray.init(logging_level="ERROR", log_to_driver=False)
     remote = ray.remote(num_cpus=1)(_alone)
-    waiting = [remote.remote(work, item) for item in items]
+    # Not all at once: Ray looks through what waits each time.
+    left = iter(items)
+    waiting: list[Any] = []
     try:
-        while waiting:
+        while True:
+            waiting += [remote.remote(work, item) for item in islice(left, MOST_WAITING - len(waiting))]
+            if not waiting:
+                return
             done, waiting = ray.wait(waiting)
             yield from ray.get(done)
     except ray.exceptions.RayTaskError as error:

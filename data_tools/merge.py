@@ -24,8 +24,6 @@ def run(arguments: argparse.Namespace) -> None:
     Console(stderr=True, soft_wrap=True).print(f"{arguments.output}: {meta.documents} documents, {meta.tokens} tokens")
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("merge", help="put shards together, in the order given")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PREFIX", help="shards to read")
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="the shard to write")
-    parser.set_defaults(run=run)

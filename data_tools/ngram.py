@@ -167,8 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("ngram", help="held-out loss of counting models, in nats per token")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="PREFIX", help="shards to count")
     parser.add_argument(
         "--heldout", type=Path, nargs="+", required=True, metavar="PREFIX", help="named as their source"
@@ -176,4 +175,3 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of each source (train.eval_tokens)")
     parser.add_argument("--seq-length", type=int, default=1, metavar="N", help="measure whole windows of N tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.set_defaults(run=run)

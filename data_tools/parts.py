@@ -23,7 +23,7 @@ class Part:
 
     number: int
     files: tuple[Path, ...]
-    num_bytes: int  # on disk
+    num_bytes: int  # on disk; of Parquet, uncompressed
     start: int = 0
     end: int | None = None  # None: to the end of the files
 
@@ -41,14 +41,17 @@ def plan_parts(files: Sequence[Path], part_bytes: int = PART_BYTES) -> list[Part
     """Cut the files, in their order."""
     parts: list[Part] = []
     texts: list[Path] = []
+    text_bytes = 0
 
     def add(files: tuple[Path, ...], num_bytes: int, start: int = 0, end: int | None = None) -> None:
         parts.append(Part(len(parts), files, num_bytes, start, end))
 
     def flush_texts() -> None:
+        nonlocal text_bytes
         if texts:
-            add(tuple(texts), sum(file.stat().st_size for file in texts))
+            add(tuple(texts), text_bytes)
             texts.clear()
+            text_bytes = 0
 
     for file in files:
         size = file.stat().st_size
@@ -65,7 +68,8 @@ def plan_parts(files: Sequence[Path], part_bytes: int = PART_BYTES) -> list[Part
             add((file,), size)
         else:
             texts.append(file)
-            if len(texts) == FILES_A_PART or sum(text.stat().st_size for text in texts[-64:]) > part_bytes:
+            text_bytes += size
+            if len(texts) == FILES_A_PART or text_bytes >= part_bytes:
                 flush_texts()
     flush_texts()
     return parts

@@ -61,15 +61,16 @@ def open_checked(prefix: Path) -> ShardLayout:
 
 def piece_of(layout: ShardLayout, first: int, end: int) -> Piece:
     """Return some documents of a shard."""
-    bounds = [int(read_array(layout.idx_path, layout.boundaries_offset + 8 * at, "<i8", 1)[0]) for at in (first, end)]
-    total = layout.num_tokens * layout.dtype.itemsize
-    pointers = [
-        int(read_array(layout.idx_path, layout.pointers_offset + 8 * at, "<i8", 1)[0])
-        if at < layout.num_sequences
-        else total
-        for at in bounds
-    ]
-    return Piece(layout, first, end, *bounds, *pointers)
+    starts = [document_start(layout, at) for at in (first, end)]
+    return Piece(layout, first, end, *(sequence for sequence, _ in starts), *(byte for _, byte in starts))
+
+
+def document_start(layout: ShardLayout, document: int) -> tuple[int, int]:
+    """Return the sequence and the byte a document begins with; of the document after the last, where the shard ends."""
+    sequence = int(read_array(layout.idx_path, layout.boundaries_offset + 8 * document, "<i8", 1)[0])
+    if sequence == layout.num_sequences:
+        return sequence, layout.num_tokens * layout.dtype.itemsize
+    return sequence, int(read_array(layout.idx_path, layout.pointers_offset + 8 * sequence, "<i8", 1)[0])
 
 
 def write_pieces(prefix: Path, pieces: Sequence[Piece]) -> ShardMeta:
@@ -113,11 +114,11 @@ def _write_index(file: Writable, pieces: Sequence[Piece], facts: "_Facts") -> No
     write(MAGIC + VERSION.to_bytes(8, "little") + bytes([dtype_code(pieces[0].layout.dtype)]))
     write(sequences.to_bytes(8, "little") + (documents + 1).to_bytes(8, "little"))
     for piece in pieces:
-        for lengths in lengths_of(piece):
+        for lengths in _lengths_of(piece):
             write(lengths.astype("<i4").tobytes())
     at = 0
     for piece in pieces:
-        for lengths in lengths_of(piece):
+        for lengths in _lengths_of(piece):
             ends = at + np.cumsum(lengths.astype(np.int64)) * item
             write(np.concatenate(([at], ends[:-1])).astype("<i8").tobytes())
             at = int(ends[-1])
@@ -130,7 +131,7 @@ def _write_index(file: Writable, pieces: Sequence[Piece], facts: "_Facts") -> No
         before += piece.end_sequence - piece.first_sequence
 
 
-def lengths_of(piece: Piece) -> Iterator[NDArray]:
+def _lengths_of(piece: Piece) -> Iterator[NDArray]:
     """Yield the lengths of a piece's sequences, in blocks."""
     offset = HEADER_BYTES + 4 * piece.first_sequence
     return _blocks(piece.layout.idx_path, offset, "<i4", piece.end_sequence - piece.first_sequence)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import xxhash
@@ -15,6 +16,8 @@ from nemotron_train.data.shard_format import bin_path, idx_path, write_index
 from nemotron_train.data.shard_meta import PROBE_BYTES, ShardMeta, meta_bytes, meta_path, probe_hash
 from nemotron_train.errors import DataError
 
+WRITTEN_TOKENS = 1 << 18  # at once: few enough to stay in the processor's cache while they are hashed and counted
+
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
@@ -22,6 +25,15 @@ class TokenizedDocuments:
 
     tokens: NDArray
     lengths: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShardOrigin:
+    """What a shard's `.meta.json` says of where its tokens are from, and where its files grow until they are whole."""
+
+    eod_id: int
+    tokenizer_hash: str
+    scratch: Path  # a folder of the same file system
 
 
 def write_shard(prefix: Path, documents: Iterable[NDArray], dtype: np.dtype) -> None:
@@ -39,41 +51,50 @@ def write_shard(prefix: Path, documents: Iterable[NDArray], dtype: np.dtype) -> 
 
 
 def write_shuffled_shard(
-    prefix: Path, documents: TokenizedDocuments, order: NDArray[np.int64], eod_id: int, tokenizer_hash: str
+    prefix: Path, lengths: NDArray[np.int64], blocks: Iterable[NDArray], dtype: np.dtype, origin: ShardOrigin
 ) -> ShardMeta:
-    """Write documents in another order, with `PREFIX.meta.json` beside them."""
-    tokens, lengths = documents.tokens, documents.lengths
-    ends = np.cumsum(lengths)
-    starts, shuffled = (ends - lengths)[order], lengths[order]
+    """Write documents that come in blocks, with `PREFIX.meta.json` beside them.
+
+    Args:
+        lengths: of all documents, in their order.
+        blocks: the tokens of the same documents, some whole ones at a time.
+    """
     digest, index_digest = xxhash.xxh3_128(), xxhash.xxh3_128()
+    ends, tokens, eod_count, eods_at_ends, max_id = np.cumsum(lengths), 0, 0, 0, 0
 
     def write_tokens(file: BinaryIO) -> None:
-        for start, length in zip(starts.tolist(), shuffled.tolist(), strict=True):
-            data = tokens[start : start + length].tobytes()
-            digest.update(data)
-            file.write(data)
+        nonlocal tokens, eod_count, eods_at_ends, max_id
+        for block in blocks:
+            for start in range(0, len(block), WRITTEN_TOKENS):
+                piece = block[start : start + WRITTEN_TOKENS]
+                digest.update(piece.data)
+                file.write(piece.data)
+                eod_count += int(np.count_nonzero(piece == origin.eod_id))
+                max_id = max(max_id, int(piece.max()))
+            first, end = np.searchsorted(ends, (tokens, tokens + len(block)), side="right").tolist()
+            eods_at_ends += int(np.count_nonzero(block[ends[first:end] - tokens - 1] == origin.eod_id))
+            tokens += len(block)
 
     def write_lengths(file: BinaryIO) -> None:
-        write_index(_Hashed(file, index_digest), tokens.dtype, shuffled)
+        write_index(_Hashed(file, index_digest), dtype, lengths)
 
-    write_whole(bin_path(prefix), write_tokens)
-    size = tokens.nbytes
+    write_whole(bin_path(prefix), write_tokens, origin.scratch)
+    size = tokens * dtype.itemsize
     with bin_path(prefix).open("rb") as file:
         head = file.read(PROBE_BYTES)
         file.seek(max(0, size - PROBE_BYTES))
         probe = probe_hash(head, file.read())
-    eod_count = int(np.count_nonzero(tokens == eod_id))
-    index = idx_path(prefix).with_name(f"{idx_path(prefix).name}.next")
+    index = origin.scratch / f"{idx_path(prefix).name}.next"
     write_whole(index, write_lengths)
     meta = ShardMeta(
-        tokens=len(tokens),
+        tokens=tokens,
         documents=len(lengths),
-        dtype=tokens.dtype.name,
-        max_id=int(tokens.max()),
-        eod_id=eod_id,
+        dtype=dtype.name,
+        max_id=max_id,
+        eod_id=origin.eod_id,
         eod_count=eod_count,
-        eod_terminated=eod_count == len(lengths) and bool((tokens[ends - 1] == eod_id).all()),
-        tokenizer_hash=tokenizer_hash,
+        eod_terminated=eod_count == eods_at_ends == len(lengths),
+        tokenizer_hash=origin.tokenizer_hash,
         bin_bytes=size,
         idx_bytes=index.stat().st_size,
         bin_hash=digest.hexdigest(),
@@ -81,7 +102,7 @@ def write_shuffled_shard(
         probe_hash=probe,
         writer=writer_name(),
     )
-    write_whole(meta_path(prefix), lambda file: file.write(meta_bytes(meta)))
+    write_whole(meta_path(prefix), lambda file: file.write(meta_bytes(meta)), origin.scratch)
     index.replace(idx_path(prefix))  # last: a shard is what has an index
     return meta
 
@@ -94,13 +115,18 @@ def writer_name() -> str:
         return "nemotron-train"
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object], scratch: Path | None = None) -> None:
     """Create or replace a file so that, whenever the process dies, there is the old content or the new one.
+
+    Args:
+        scratch: a folder of the same file system for the unfinished file, which a killed process leaves behind; left
+            out, it lies beside `path`.
 
     Raises:
         DataError: the file cannot be written, e.g. because the disk is full; nothing of it is left.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same content at once
+    # Several processes, perhaps on several machines, may write the same content at once: not the process id alone.
+    temporary = (scratch or path.parent) / f"{path.name}.{uuid4().hex}.tmp"
     try:
         with temporary.open("wb", buffering=1 << 20) as file:
             write(file)

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from data_tools.encoders import load_tokenizer
+from data_tools.encoders import load_tokenizer, tokenizer_file
 from nemotron_train.config.load import load_config
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.blend import BlendPlan
@@ -77,8 +77,10 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if arguments.shard is not None:
         if arguments.document is None or arguments.tokenizer is None:
-            raise ConfigError("--shard needs --document I and --tokenizer FILE.")
-        console.print(document_text(arguments.shard, arguments.document, load_tokenizer(arguments.tokenizer)))
+            raise ConfigError("--shard needs --document I and --tokenizer PATH.")
+        console.print(
+            document_text(arguments.shard, arguments.document, load_tokenizer(tokenizer_file(arguments.tokenizer)))
+        )
         return
     if (arguments.window is None) is (arguments.step is None):
         raise ConfigError("Ask for one of --shard PREFIX, --window G experiment=NAME, --step N experiment=NAME.")
@@ -86,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     data = open_run_data(config)
     tokenizer = load_tokenizer(Path(config.data.path) / config.data.tokenizer)
     if arguments.window is not None:
+        if arguments.window < 0:
+            raise ConfigError(f"Windows are numbered from 0, not {arguments.window} (--window).")
         windows = range(arguments.window, arguments.window + 1)
     else:
         windows, where = windows_of_step(config, data.blend, arguments.step)
@@ -94,12 +98,10 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(window_text(data, window, tokenizer))
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("show", help="show a document, or what training reads, as text")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=Path, metavar="PREFIX", help="a shard")
     parser.add_argument("--document", type=int, metavar="I", help="of the shard, from 0")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of the shard")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="of the shard")
     parser.add_argument("--window", type=int, metavar="G", help="of an experiment, from 0")
     parser.add_argument("--step", type=int, metavar="N", help="of an experiment, from 1: all its windows")
     parser.add_argument("overrides", nargs="*", help="experiment=NAME key=value ...")
-    parser.set_defaults(run=run)

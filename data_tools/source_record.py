@@ -26,8 +26,9 @@ from nemotron_train.data.shard_meta import (
 from nemotron_train.data.tokenizer_file import tokenizer_hash
 from nemotron_train.errors import DataError
 
-FORMAT = 2  # raise it when the same text and settings would give other shards
-DEFAULT_SHARD_TOKENS = 1 << 26  # 128 or 256 MiB, about what a writing process holds in memory
+FORMAT = 3  # raise it when the same text and settings would give other shards
+WHOLLY_HASHED_BYTES = 1 << 30  # of input; of more, the ends of its files: every job, and every task of an array, looks
+DEFAULT_SHARD_TOKENS = 1 << 26  # 128 or 256 MiB
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,17 @@ class SourceRecord:
         self.work = output / f".{settings.source}.work"
         self.manifest = manifest_path(output, settings.source)
         self._begun = self.work / "made_from.json"
-        # Content counts, not where it lies: paths and dates change when a folder is copied. Of large files the size and
-        # both ends: reading all of a crawl twice would cost as much as tokenizing it.
+        # Content counts, not where it lies: paths and dates change when a folder is copied. Of large inputs the sizes
+        # and both ends of the files: reading all of a crawl twice would cost as much as tokenizing it.
+        sizes = [file.stat().st_size for file in files]
+        whole = sum(sizes) <= WHOLLY_HASHED_BYTES
         made_from = {key: value for key, value in asdict(settings).items() if key != "engine"} | {
             "format": FORMAT,
             "tokenizer": tokenizer_hash(settings.tokenizer),
-            "inputs": [{"name": file.name, "bytes": file.stat().st_size, "xxh3_128": _ends_of(file)} for file in files],
+            "inputs": [
+                {"name": file.name, "bytes": size, "xxh3_128": _hash(file, size, whole=whole)}
+                for file, size in zip(files, sizes, strict=True)
+            ],
         }
         self._made_from: dict[str, Any] = json.loads(json.dumps(made_from))  # as it reads back: tuples are lists
 
@@ -121,7 +127,7 @@ class SourceRecord:
             shards=tuple(listed(name, meta) for name, meta in shards),
             made_from=self._made_from,
         )
-        write_whole(self.manifest, lambda file: file.write(manifest_bytes(manifest)))
+        write_whole(self.manifest, lambda file: file.write(manifest_bytes(manifest)), self.work)
         names = [name for name, _ in shards]
         return TokenizedSource(names, manifest.documents, manifest.tokens, reused=False)
 
@@ -134,15 +140,17 @@ class SourceRecord:
 _ADVICE = "Choose another --output or --source, or delete them."
 
 
-def _ends_of(path: Path) -> str:
-    """Hash a file of up to 64 MiB whole, of a larger one both ends."""
-    size = path.stat().st_size
+def _hash(path: Path, size: int, *, whole: bool) -> str:
+    """Hash a file, or both its ends."""
     try:
         with path.open("rb") as file:
-            if size <= 1 << 26:
-                return xxhash.xxh3_128(file.read()).hexdigest()
-            head = file.read(PROBE_BYTES)
-            file.seek(size - PROBE_BYTES)
-            return probe_hash(head, file.read())
+            if not whole:
+                head = file.read(PROBE_BYTES)
+                file.seek(max(0, size - PROBE_BYTES))
+                return probe_hash(head, file.read())
+            digest = xxhash.xxh3_128()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}.") from error

@@ -128,8 +128,6 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("stdlib-corpus", help="collect the text that comes with Python as a small corpus")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets the folders train and heldout")
     parser.add_argument("--max-mb", type=float, default=24.0, metavar="MB", help="size of it all at most (default 24)")
-    parser.set_defaults(run=run)

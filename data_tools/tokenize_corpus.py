@@ -20,18 +20,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_tools.documents import COMPRESSED_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, find_files
-from data_tools.encoders import ENGINES, choose_engine, special_token_id
+from data_tools.documents import COMPRESSED_SUFFIXES, TEXT_SUFFIXES, find_files
+from data_tools.encoders import ENGINES, special_token_id, tokenizer_file
 from data_tools.executors import EXECUTORS, run_all
 from data_tools.parts import Part, plan_parts
 from data_tools.source_record import DEFAULT_SHARD_TOKENS, SourceRecord, TokenizedSource, TokenizeSettings
-from data_tools.tokenize_work import Job
+from data_tools.tokenize_work import Job, encoder_of
 from nemotron_train.data.shard_format import token_dtype
 from nemotron_train.data.tokenizer_file import tokenizer_size
 from nemotron_train.errors import ConfigError, DataError
 
 BYTES_A_TOKEN = 4  # of English text and code, about; decides the number of shards and nothing else
-EXPANSION = {**dict.fromkeys(COMPRESSED_SUFFIXES, 4), PARQUET_SUFFIX: 2}
+COMPRESSION = 4  # of JSONL, about
 
 OnProgress = Callable[[str, int, int, int], None]
 
@@ -53,7 +53,7 @@ def tokenize(
         on_progress: called with what is being done, how much of it is done and in all, and tokens so far.
 
     Returns:
-        None if other tasks still have parts to do.
+        None if other tasks still have parts to do, or write the shards.
 
     Raises:
         ConfigError: the tokenizer lacks the end-of-document token, or a setting is out of range.
@@ -79,14 +79,22 @@ def tokenize(
     )
     record.write_begun()
     run = partial(run_all, executor=executor, num_workers=num_workers)
-    with lock(record.work / f"task_{task[0]}.lock"):
+    task_lock = record.work / f"task_{task[0]}.lock"
+    with lock(task_lock) as is_ours:
+        if not is_ours:
+            raise DataError(
+                f"{task_lock} is locked: another process is at the same work. Wait for it, or choose another --output."
+            )
         total, read, tokens = sum(part.num_bytes for part in parts), 0, 0
         for num_bytes, num_tokens in run(job.tokenize_part, parts[task[0] :: task[1]]):
             read, tokens = read + num_bytes, tokens + num_tokens
             on_progress("tokenize", read, total, tokens)
         if not all(job.is_done(part.number) for part in parts):
             return None
-        with lock(record.work / "shards.lock"):
+        with lock(record.work / "shards.lock") as is_ours:
+            if not is_ours:  # two tasks were the last ones; the other writes the shards
+                return None
+            job.list_spills()
             shards = []
             for shard in run(job.write_shard, range(job.num_shards)):
                 shards += [shard] if shard is not None else []
@@ -100,10 +108,9 @@ def tokenize(
 
 def count_shards(parts: Sequence[Part], shard_tokens: int) -> int:
     """Return into how many shards the input goes, by its size."""
-    size = 0
-    for part in parts:
-        suffix = next((known for known in EXPANSION if part.files[0].name.endswith(known)), "")
-        size += part.num_bytes * EXPANSION.get(suffix, 1)
+    size = sum(
+        part.num_bytes * (COMPRESSION if part.files[0].name.endswith(COMPRESSED_SUFFIXES) else 1) for part in parts
+    )
     return max(1, -(-size // (BYTES_A_TOKEN * shard_tokens)))
 
 
@@ -119,29 +126,34 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
             f"--fim-rate {settings.fim_rate} and --fim-tokens {tokens}: a rate above 0, at most 1, goes with three "
             "tokens, before prefix, suffix and middle."
         )
+    if not 0 <= settings.fim_spm_rate <= 1:
+        raise ConfigError(f"--fim-spm-rate {settings.fim_spm_rate} must be from 0 to 1.")
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"--task {task[0]}/{task[1]}: tasks of N are 0/N to N-1/N.")
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock; it is gone when this process is, however it ends."""
-    with path.open("w") as file:
+def lock(path: Path) -> Iterator[bool]:
+    """Hold a lock, or yield False if another process does; it is gone when its process is, however that ends."""
+    try:
+        file = path.open("w")
+    except FileNotFoundError:  # the work is finished, its folder gone
+        yield False
+        return
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"{path} is locked: another process is at the same work. Wait for it, or choose another --output."
-            ) from error
-        yield
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    tokenizer = arguments.tokenizer
     settings = TokenizeSettings(
         source=arguments.source,
-        tokenizer=tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer,
+        tokenizer=tokenizer_file(arguments.tokenizer),
         text_key=arguments.text_key,
         eod_token=arguments.eod_token,
         parse_special_tokens=arguments.parse_special_tokens,
@@ -155,8 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
         where=tuple(_condition(text) for text in arguments.where),
         engine=arguments.engine,
     )
-    _, engine = choose_engine(settings.tokenizer, settings.engine, parse_special_tokens=settings.parse_special_tokens)
-    console.print(f"engine: {engine}")
+    console.print(f"engine: {encoder_of(settings).engine_text}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -204,8 +215,7 @@ def _task(text: str) -> tuple[int, int]:
         raise ConfigError(f"--task {text}: write I/N, such as 0/8.") from error
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("tokenize", help="turn text into .bin/.idx shards")
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders of text")
     add("--tokenizer", type=Path, required=True, metavar="PATH", help="a tokenizer.json, or a folder that holds one")
@@ -230,4 +240,3 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add("--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N", help="of a shard, about")
     add("--shards", type=int, metavar="N", help="how many, instead of --shard-tokens")
     add("--seed", type=int, default=0, help="of the order of documents")
-    parser.set_defaults(run=run)

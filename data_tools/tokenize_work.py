@@ -11,19 +11,22 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.documents import Document
 from data_tools.encoders import DocumentEncoder
 from data_tools.parts import Part
-from data_tools.shard_writer import TokenizedDocuments, write_shuffled_shard, write_whole
+from data_tools.shard_writer import ShardOrigin, TokenizedDocuments, write_shuffled_shard, write_whole
 from data_tools.source_record import TokenizeSettings
-from data_tools.spills import gather, shards_of, write_spill
+from data_tools.spills import SpilledShard, shards_of, write_spill
 from nemotron_train.data.shard_format import bin_path, idx_path
 from nemotron_train.data.shard_meta import ShardMeta, read_meta
 from nemotron_train.data.tokenizer_file import tokenizer_hash
 
+# A process holds one batch and one spill while it tokenizes, one block while it writes.
 BATCH_CHARACTERS = 1 << 22  # text encoded at once
-SPILL_TOKENS = 1 << 23
+SPILL_TOKENS = 1 << 24  # about those of a part: fewer spills are fewer places to gather a shard from
+BLOCK_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,18 @@ class Job:
     def is_done(self, part: int) -> bool:
         return self._done(part).exists()
 
-    def spills(self) -> Iterator[Path]:
-        for part in range(self.num_parts):
-            for number in range(json.loads(self._done(part).read_bytes())["spills"]):
-                yield self._spill(part, number)
+    def list_spills(self) -> None:
+        """Write down the spills of all parts, which are done, for those who write shards."""
+        names = [
+            self._spill(part, number).name
+            for part in range(self.num_parts)
+            for number in range(json.loads(self._done(part).read_bytes())["spills"])
+        ]
+        write_whole(self._spills, lambda file: file.write("\n".join(names).encode()))
+
+    @property
+    def _spills(self) -> Path:
+        return self.work / "spills.txt"
 
     def _done(self, part: int) -> Path:
         return self.work / f"part_{part:07d}.done"
@@ -65,7 +76,7 @@ class Job:
             return part.num_bytes, json.loads(done.read_bytes())["tokens"]
         encode = encoder_of(self.settings)
         pending: list[TokenizedDocuments] = []
-        documents, spills, tokens = 0, 0, 0
+        read, documents, spills, tokens = 0, 0, 0, 0
 
         def spill() -> None:
             nonlocal documents, spills
@@ -77,8 +88,9 @@ class Job:
             pending.clear()
 
         held = 0
-        for number, batch in enumerate(batches(part.documents(self.settings.text_key, self.settings.where))):
-            encoded = encode(batch, key=part.number << 32 | number << 16)
+        for batch in batches(part.documents(self.settings.text_key, self.settings.where)):
+            encoded = encode(batch, key=part.number << 40 | read)  # of its first document; no two of a job are the same
+            read += len(batch)
             if not len(encoded.lengths):
                 continue
             pending.append(TokenizedDocuments(encoded.tokens.astype(self.dtype, copy=False), encoded.lengths))
@@ -96,18 +108,31 @@ class Job:
     def write_shard(self, shard: int) -> tuple[str, ShardMeta] | None:
         """Write a shard from the spills of all parts; None if no document falls to it."""
         name = self.shard_name(shard)
-        meta = read_meta(self.output / name)
-        if meta is not None and idx_path(self.output / name).exists():
-            sizes = [path(self.output / name).stat().st_size for path in (bin_path, idx_path)]
+        prefix, dtype = self.output / name, np.dtype(self.dtype)
+        meta = read_meta(prefix)
+        if meta is not None and all(path(prefix).exists() for path in (bin_path, idx_path)):
+            sizes = [path(prefix).stat().st_size for path in (bin_path, idx_path)]
             if sizes == [meta.bin_bytes, meta.idx_bytes]:
                 return name, meta
-        documents = gather(list(self.spills()), shard, np.dtype(self.dtype))
-        if not len(documents.lengths):
+        spills = [self.work / spill for spill in self._spills.read_text().splitlines()]
+        spilled = SpilledShard(spills, shard, self.num_shards, dtype)
+        if not len(spilled.lengths):
             return None
-        order = np.random.default_rng([self.settings.seed, shard]).permutation(len(documents.lengths))
-        tokenizer = tokenizer_hash(self.settings.tokenizer)
-        eod_id = encoder_of(self.settings).eod_id
-        return name, write_shuffled_shard(self.output / name, documents, order, eod_id, tokenizer)
+        order = np.random.default_rng([self.settings.seed, shard]).permutation(len(spilled.lengths))
+        lengths = spilled.lengths[order]
+        blocks = (spilled.tokens_of(order[first:end]) for first, end in _blocks(lengths))
+        origin = ShardOrigin(encoder_of(self.settings).eod_id, tokenizer_hash(self.settings.tokenizer), self.work)
+        return name, write_shuffled_shard(prefix, lengths, blocks, dtype, origin)
+
+
+def _blocks(lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield first and end of successive documents that have about BLOCK_TOKENS tokens together."""
+    ends, first = np.cumsum(lengths), 0
+    while first < len(lengths):
+        before = int(ends[first - 1]) if first else 0
+        end = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
+        yield first, end
+        first = end
 
 
 @lru_cache(maxsize=1)

@@ -104,8 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
     Console(soft_wrap=True, highlight=False).print(f"{arguments.output}: {arguments.vocab_size} entries")
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("train-tokenizer", help="learn a byte-level BPE vocabulary from text")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or plain text")
     parser.add_argument(
         "--vocab-size", type=int, required=True, metavar="N", help="all entries, special token included"
@@ -114,4 +113,3 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--sample-mb", type=float, default=4.0, metavar="MB", help="of each file to learn from (default 4)"
     )
-    parser.set_defaults(run=run)

@@ -2,22 +2,26 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
 from rich.console import Console
 from rich.progress import track
 
+from data_tools.encoders import tokenizer_file
 from data_tools.executors import run_all
 from nemotron_train.data.shard import Shard
 from nemotron_train.data.shard_format import ShardLayout, bin_path, check_documents, idx_path, read_layout
 from nemotron_train.data.shard_meta import ManifestShard, ShardMeta, read_manifest, read_meta
 from nemotron_train.data.tokenizer_file import tokenizer_hash, tokenizer_size
 from nemotron_train.errors import DataError, NemotronTrainError
+
+_Result = TypeVar("_Result")
 
 BLOCK_BYTES = 1 << 24
 
@@ -43,47 +47,59 @@ def verify_shard(expected: Expected, entry: tuple[Path, ManifestShard | None]) -
     prefix, listed = entry
     problems: list[str] = []
     unchecked: list[str] = []
-    tokens = 0
+    meta = _try(problems, read_meta, prefix)
+    layout = _try(problems, read_layout, prefix)
+    if layout is None:
+        return Report(prefix, problems, unchecked, 0)
+    before = len(problems)
+    _try(problems, check_documents, layout)
+    index_is_good = len(problems) == before
+    problems += _compare(prefix, layout, meta, listed, expected)
+    found, wrong = _scan(layout, meta, expected.vocab_size, with_ends=index_is_good)
+    problems += wrong
+    facts = meta if meta is not None else listed
+    if facts is not None and found != facts.bin_hash:
+        problems.append(
+            f"{layout.bin_path}: bytes 0 to {layout.num_tokens * layout.dtype.itemsize} have the hash {found}, "
+            f"{_name(facts, prefix)} says {facts.bin_hash}: damaged or replaced."
+        )
+    if meta is None:
+        missing = "tokenizer or ends of documents" if listed else "hashes, tokenizer or ends of documents"
+        unchecked.append(f"{prefix}: no .meta.json, so no {missing}")
+    return Report(prefix, problems, unchecked, layout.num_tokens)
+
+
+def _name(facts: ShardMeta | ManifestShard, prefix: Path) -> str:
+    return f"{prefix.name}.meta.json" if isinstance(facts, ShardMeta) else "its manifest"
+
+
+def _try(problems: list[str], read: Callable[..., _Result], *arguments: object) -> _Result | None:
+    """Return what is read, or None and one problem more."""
     try:
-        meta = read_meta(prefix)
-        layout = read_layout(prefix)
-        tokens = layout.num_tokens
-        problems += _messages(check_documents, layout)
-        problems += _compare(prefix, layout, meta, listed, expected)
-        if meta is None:
-            unchecked.append(f"{prefix}: no .meta.json, so no hashes, tokenizer or ends of documents")
-        problems += _scan(layout, meta, expected.vocab_size)
-    except NemotronTrainError as error:
+        return read(*arguments)
+    except (NemotronTrainError, OSError) as error:
         problems.append(str(error))
-    return Report(prefix, problems, unchecked, tokens)
-
-
-def _messages(check: object, *arguments: object) -> list[str]:
-    assert callable(check)
-    try:
-        check(*arguments)
-    except DataError as error:
-        return [str(error)]
-    return []
+        return None
 
 
 def _compare(
     prefix: Path, layout: ShardLayout, meta: ShardMeta | None, listed: ManifestShard | None, expected: Expected
 ) -> Iterator[str]:
-    if meta is not None:
+    facts = meta if meta is not None else listed
+    if facts is not None:
         found = {
             "tokens": layout.num_tokens,
             "documents": layout.num_boundaries - 1,
             "dtype": layout.dtype.name,
             "bin_bytes": bin_path(prefix).stat().st_size,
             "idx_bytes": idx_path(prefix).stat().st_size,
-            "idx_hash": xxhash.xxh3_128(idx_path(prefix).read_bytes()).hexdigest(),
+            "idx_hash": _file_hash(idx_path(prefix)),
         }
         for key, value in found.items():
-            if value != getattr(meta, key):
-                yield f"{idx_path(prefix)}: {key} is {value}, {prefix.name}.meta.json says {getattr(meta, key)}."
-        if expected.tokenizer_hash not in (None, meta.tokenizer_hash):
-            yield f"{prefix}: made with tokenizer {meta.tokenizer_hash}, not {expected.tokenizer_hash} (--tokenizer)."
+            if value != getattr(facts, key, value):  # a manifest has the dtype of all shards only
+                yield f"{idx_path(prefix)}: {key} is {value}, {_name(facts, prefix)} says {getattr(facts, key)}."
+    if meta is not None and expected.tokenizer_hash not in (None, meta.tokenizer_hash):
+        yield f"{prefix}: made with tokenizer {meta.tokenizer_hash}, not {expected.tokenizer_hash} (--tokenizer)."
     if listed is not None and meta is not None:
         for field in fields(ManifestShard):
             if field.name != "name" and getattr(listed, field.name) != getattr(meta, field.name):
@@ -93,12 +109,23 @@ def _compare(
                 )
 
 
-def _scan(layout: ShardLayout, meta: ShardMeta | None, vocab_size: int | None) -> list[str]:
-    """Read all tokens: their hash, their range, and where documents end."""
+def _file_hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _scan(
+    layout: ShardLayout, meta: ShardMeta | None, vocab_size: int | None, *, with_ends: bool
+) -> tuple[str, list[str]]:
+    """Read all tokens; return their hash, and what is wrong with their range and, if the index is good, with the ends
+    of documents."""
     problems: list[str] = []
     digest, at, item = xxhash.xxh3_128(), 0, layout.dtype.itemsize
     limit = vocab_size if vocab_size is not None else None if meta is None else meta.max_id + 1
-    eod = meta.eod_id if meta is not None and meta.eod_terminated else None
+    eod = meta.eod_id if meta is not None and meta.eod_terminated and with_ends else None
     ends = Shard(layout.prefix).document_ends() - 1 if eod is not None else np.zeros(0, np.int64)
     eod_is_wrong = False
     with layout.bin_path.open("rb") as file:
@@ -124,12 +151,7 @@ def _scan(layout: ShardLayout, meta: ShardMeta | None, vocab_size: int | None) -
                         f"{int(differing[0]) * item}."
                     )
             at += len(tokens)
-    if meta is not None and digest.hexdigest() != meta.bin_hash:
-        problems.append(
-            f"{layout.bin_path}: bytes 0 to {at * item} have the hash {digest.hexdigest()}, its .meta.json says "
-            f"{meta.bin_hash}: damaged or replaced."
-        )
-    return problems
+    return digest.hexdigest(), problems
 
 
 def find_shards(paths: Sequence[Path]) -> tuple[list[tuple[Path, ManifestShard | None]], list[str]]:
@@ -137,11 +159,11 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[tuple[Path, ManifestShard |
     entries: dict[Path, ManifestShard | None] = {}
     problems: list[str] = []
     for path in paths:
-        manifests = [path] if path.name.endswith(".manifest.json") else sorted(path.glob("*.manifest.json"))
+        manifests = [path] if path.name.endswith(".manifest.json") else sorted(path.rglob("*.manifest.json"))
         for file in manifests:
-            manifest = read_manifest(file)
+            manifest = _try(problems, read_manifest, file)
             if manifest is None:
-                problems.append(f"{file} does not exist.")
+                problems += [] if file.exists() else [f"{file} does not exist."]
                 continue
             for shard in manifest.shards:
                 prefix = file.parent / shard.name
@@ -161,7 +183,7 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[tuple[Path, ManifestShard |
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    tokenizer = arguments.tokenizer
+    tokenizer = tokenizer_file(arguments.tokenizer) if arguments.tokenizer else None
     expected = Expected(
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer else None,
         vocab_size=arguments.vocab_size or (tokenizer_size(tokenizer) if tokenizer else None),
@@ -187,10 +209,8 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"{len(entries)} shards of {tokens} tokens are in order.")
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("verify", help="read shards whole and report all that is wrong with them")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, nargs="+", help="prefixes, folders or NAME.manifest.json")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer.json they should be made with")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="the tokenizer they should be made with")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens should be below it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
-    parser.set_defaults(run=run)

@@ -157,10 +157,10 @@ class Trainer:
 
             stopped = any_rank(self.stop.signal_name is not None, self.run.platform.device)
             at_end = progress.step == last_step
+            if self.ledger is not None:  # every step, whatever is logged
+                self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
             if progress.step % self.config.log.every_steps == 0 or at_end or stopped:
                 writers.write(self.step_record(before, progress, result, speed))
-                if self.ledger is not None:
-                    self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
             if is_due(self.config.checkpoint.every_steps, progress.step) or at_end or stopped:
                 self.save(progress, writers)
             if (is_due(train.eval_every_steps, progress.step) and not stopped) or at_end:
@@ -199,7 +199,8 @@ class Trainer:
     def save(self, progress: Progress, writers: Writers) -> None:
         if self.saved_step == progress.step:
             return
-        folder = save_checkpoint(self.run, progress, self.data.blend.past_hash(progress.consumed_tokens))
+        blend, tokens = self.data.blend, progress.consumed_tokens
+        folder = save_checkpoint(self.run, progress, blend.past_hash(tokens), blend.past(tokens))
         self.saved_step = progress.step
         writers.event(f"Saved {folder}")
 

@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemotron_train.errors import CheckpointError
 
@@ -33,6 +34,7 @@ class Commit:
     layout: dict[str, int]
     versions: dict[str, str]
     files: dict[str, int]  # bytes by path relative to the folder
+    data_past: dict[str, Any] = field(default_factory=dict)  # what data_hash is of, to show what differs; may be absent
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

@@ -1,6 +1,7 @@
 """Which checkpoint a run starts from, and whether it may."""
 
 import logging
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,13 +93,25 @@ def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan) -> Non
         raise CheckpointError(f"The checkpoint of step {commit.step} is of another model ({'; '.join(different)}).")
     now = blend.past_hash(commit.consumed_tokens)
     if commit.consumed_tokens and now != commit.data_hash:  # imported weights have no past
+        different = list(_differences(commit.data_past, blend.past(commit.consumed_tokens))) if commit.data_past else []
         raise CheckpointError(
             f"The first {commit.consumed_tokens} tokens would be others now than those the checkpoint of step "
             f"{commit.step} was trained on "
             f"(plan hash {commit.data_hash[:12]} then, {now[:12]} now): run.seed, train.seq_length, the sources' "
-            "shards, or a phase that has already begun "
-            "was changed. Restore them; train_tokens and phases that have not begun may change."
+            "shards, or a phase that has already begun was changed. Restore them; train_tokens and phases that have "
+            "not begun may change." + "".join(f"\n  {line}" for line in different)
         )
+
+
+def _differences(then: object, now: object, key: str = "") -> Iterator[str]:
+    """Yield what differs in two values of JSON, by its place in them."""
+    if isinstance(then, list) and isinstance(now, list):
+        then, now = dict(enumerate(then)), dict(enumerate(now))
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in [*then, *(name for name in now if name not in then)]:
+            yield from _differences(then.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+    elif then != now:
+        yield f"{key}: {then} then, {now} now"
 
 
 def check_lengths_change_between_steps(batches: BatchPlan, consumed_tokens: int) -> None:

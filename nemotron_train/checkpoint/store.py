@@ -32,11 +32,12 @@ _SAVE_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointExcepti
 _LOAD_ERRORS = (*_SAVE_ERRORS, ValueError, KeyError)
 
 
-def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
+def save_checkpoint(run: Runtime, progress: Progress, data_hash: str, data_past: dict[str, Any] | None = None) -> Path:
     """Write one checkpoint under the run folder, all ranks together, and commit it.
 
     Args:
         data_hash: of everything that decided the samples up to now (`BlendPlan.past_hash`).
+        data_past: that itself (`BlendPlan.past`), for people.
 
     Raises:
         CheckpointError: on rank 0, when any rank could not write; the temporary folder is gone then. The others lose
@@ -63,6 +64,7 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
             model=model_facts(config.model),
             config_fingerprint=fingerprint(config),
             data_hash=data_hash,
+            data_past=data_past or {},
             layout=asdict(run.plan.layout),
             versions={name: version(name) for name in ("torch", "megatron-core", "numpy")},
         )

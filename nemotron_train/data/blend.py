@@ -70,12 +70,14 @@ class BlendPlan:
         source_tokens: Mapping[str, int],
         seed: int,
         contents: Mapping[str, str | None] | None = None,
+        fim_form: Sequence[float | str] = (),
     ) -> None:
         """Place the phases one after the other.
 
         Args:
             source_tokens: tokens in each source by name; its order numbers the sources.
             contents: a hash of each source's tokens, where it is known: part of `past_hash`.
+            fim_form: what rearranged documents look like, besides the rates: part of `past_hash` where there are any.
 
         Raises:
             ConfigError: the phases do not start at 0 and rise, a weight or source name is impossible, or a source is
@@ -87,6 +89,7 @@ class BlendPlan:
         self._tokens = dict(source_tokens)
         self._seed = seed
         self._contents = {name: content for name, content in (contents or {}).items() if content is not None}
+        self._fim_form = list(fim_form)
         self._phases = _place(phases)
         self._orders = {name: self._order_of(name) for name in source_tokens}
         self._first_samples = [phase.first_sample for phase in self._phases]
@@ -121,10 +124,15 @@ class BlendPlan:
         return phase.first_token + (sample - phase.first_sample) * phase.seq_length
 
     def past_hash(self, consumed_tokens: int) -> str:
-        """Return the SHA-256 of everything that determined the samples before `consumed_tokens`.
+        """Return the SHA-256 of `past`: plans with equal hashes gave equal samples so far, whatever they hold for the
+        future."""
+        canonical = json.dumps(self.past(consumed_tokens), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
-        Plans with equal hashes gave equal samples so far, whatever they hold for the future. Of a source, the
-        number of its tokens is part of it and, where it is known, the hash of them.
+    def past(self, consumed_tokens: int) -> dict[str, Any]:
+        """Return everything that determined the samples before `consumed_tokens`, as JSON has it.
+
+        Of a source, the number of its tokens is part of it and, where it is known, the hash of them.
         """
         past: list[dict[str, Any]] = []
         drawn: dict[str, list[int | str | None]] = {}
@@ -132,10 +140,9 @@ class BlendPlan:
             weights = phase.interleave.weights
             past.append({"samples": end - phase.first_sample, "seq_length": phase.seq_length, "weights": weights})
             if phase.fim_rates:
-                past[-1]["fim_rates"] = phase.fim_rates
+                past[-1] |= {"fim_rates": dict(phase.fim_rates), "fim_form": self._fim_form}
             drawn.update((name, [self._tokens[name], self._contents.get(name)]) for name in weights)
-        canonical = {"format": FORMAT, "seed": self._seed, "phases": past, "sources": drawn}
-        return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return {"format": FORMAT, "seed": self._seed, "phases": past, "sources": drawn}
 
     def epochs(self, total_tokens: int) -> dict[str, tuple[float, ...]]:
         """Return how often each source is read in each phase of a run of `total_tokens`."""

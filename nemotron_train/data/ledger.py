@@ -1,4 +1,4 @@
-"""What has the model read, and where is it? `consumption.jsonl` in the run folder, one line a logged step.
+"""What has the model read, and where is it? `consumption.jsonl` in the run folder, one line a step.
 
 Which tokens a step takes follows from the plan of the data, so a line needs a few numbers only: the samples of the
 step, how far each source was read, and the hash of the plan's past, which is the same in every run that read the same.
@@ -7,6 +7,7 @@ a checkpoint writes its steps again, and the last line of a step counts.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,13 +22,16 @@ def samples_of_step(run_dir: Path, step: int) -> tuple[range, int, str] | None:
     None if the ledger does not have the step."""
     found = None
     path = run_dir / NAME
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that was killed while it wrote
-        if entry.get("step") == step:
-            found = range(*entry["samples"]), entry["tokens"][1], entry["past_hash"]
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as lines:  # of millions of steps: one at a time
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the last line of a run that was killed while it wrote
+            if entry.get("step") == step:
+                found = range(*entry["samples"]), entry["tokens"][1], entry["past_hash"]
     return found
 
 
@@ -42,6 +46,7 @@ class ConsumptionLedger:
             source.name: {"tokens": source.num_tokens, "shards": len(source.shards), "content": source.identity}
             for source in sources
         }
+        self._end_line()
         self._append({"begins_after_step": step, "sources": facts})
 
     def write(self, step: int, tokens_before: int, tokens_after: int) -> None:
@@ -55,6 +60,14 @@ class ConsumptionLedger:
             "past_hash": self._blend.past_hash(tokens_after),
         }
         self._append(line)
+
+    def _end_line(self) -> None:
+        """End what a run left that was killed while it wrote, so that the next line is not lost with it."""
+        if self._path.exists():
+            with self._path.open("rb+") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                if file.read(1) not in (b"", b"\n"):
+                    file.write(b"\n")
 
     def _append(self, line: dict) -> None:
         with self._path.open("a", encoding="utf-8") as file:  # opened anew: it may be on a network that comes and goes

@@ -45,8 +45,9 @@ def open_data(data: DataSection, vocab_size: int, seq_length: int) -> OpenData:
     training_paths = [expand_prefixes(data, source, source.prefixes, "prefixes") for source in data.sources]
     heldout_paths = [expand_prefixes(data, source, source.eval_prefixes, "eval_prefixes") for source in data.sources]
     _check_apart(training_paths, heldout_paths)
-    for source, paths in zip(data.sources, training_paths, strict=True):
-        known.check_complete(source, [str(Path(data.path) / prefix) for prefix in source.prefixes], paths)
+    for source, paths, eval_paths in zip(data.sources, training_paths, heldout_paths, strict=True):
+        known.check_complete(source, [_pattern(data, prefix) for prefix in source.prefixes], paths)
+        known.check_complete(source, [_pattern(data, prefix) for prefix in source.eval_prefixes], eval_paths)
     training, heldout = [], []
     for name, paths, eval_paths in zip(names, training_paths, heldout_paths, strict=True):
         if not paths:
@@ -75,7 +76,8 @@ def build_plan(data: DataSection, training: Sequence[Source], seq_length: int, s
         fim_rates = {share.source: share.fim_rate for share in phase.weights if share.fim_rate}
         phases.append(Phase(phase.start_tokens, phase.seq_length or seq_length, weights, fim_rates))
     tokens = {source.name: source.num_tokens for source in training}
-    return BlendPlan(phases, tokens, seed, {source.name: source.identity for source in training})
+    fim_form: list[float | str] = [data.fim_spm_rate, *data.fim_tokens, data.eod_token]
+    return BlendPlan(phases, tokens, seed, {source.name: source.identity for source in training}, fim_form)
 
 
 def check_epochs(plan: BlendPlan, train_tokens: int, max_epochs: float) -> None:
@@ -98,8 +100,7 @@ def expand_prefixes(data: DataSection, source: SourceConfig, prefixes: Sequence[
     """
     found: list[Path] = []
     for prefix in prefixes:
-        pattern = "*".join(glob.escape(part) for part in str(Path(data.path) / prefix).split("*"))
-        matches = sorted(match.removesuffix(".idx") for match in glob.glob(pattern + ".idx"))
+        matches = sorted(match.removesuffix(".idx") for match in glob.glob(_pattern(data, prefix) + ".idx"))
         if not matches:
             raise DataError(
                 f"Source {source.name!r}: no file {Path(data.path) / prefix}.idx (data.path={data.path}, "
@@ -110,6 +111,11 @@ def expand_prefixes(data: DataSection, source: SourceConfig, prefixes: Sequence[
     if repeated:
         raise ConfigError(f"Source {source.name!r} names shards twice in {key}: {', '.join(repeated)}.")
     return found
+
+
+def _pattern(data: DataSection, prefix: str) -> str:
+    """Return a prefix as a pattern of paths in which "*" alone stands for anything."""
+    return "*".join(glob.escape(part) for part in str(Path(data.path) / prefix).split("*"))
 
 
 class _Manifests:

@@ -201,6 +201,43 @@ def test_manifests_of_other_sources_do_not_matter(tmp_path: Path) -> None:
     open_sources.open_data(section(tmp_path), VOCAB, S)
 
 
+def test_a_missing_shard_is_missed_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    """Fails if a letter of a path is taken for a pattern: the run would be one shard short without a word."""
+    folder = tmp_path / "web[1]"
+    folder.mkdir()
+    write_source(folder)
+    for suffix in (".bin", ".idx"):
+        (folder / f"web_00001{suffix}").unlink()
+    with pytest.raises(DataError, match=r"web_00001\.idx is missing"):
+        open_sources.open_data(section(folder), VOCAB, S)
+
+
+def test_a_missing_held_out_shard_is_missed(tmp_path: Path) -> None:
+    """Fails if the held-out loss of a run is suddenly that of less text."""
+    for name in ("train", "held"):
+        (tmp_path / name).mkdir()
+        write_source(tmp_path / name)
+    source = SourceConfig("web", prefixes=["web_*"], eval_prefixes=[str(tmp_path / "held" / "web_*")])
+    data = replace(section(tmp_path / "train"), sources=[source])
+    open_sources.open_data(data, VOCAB, S)
+    (tmp_path / "held" / "web_00002.idx").unlink()
+    with pytest.raises(DataError, match=r"held/web_00002\.idx is missing"):
+        open_sources.open_data(data, VOCAB, S)
+
+
+def test_how_documents_are_rearranged_is_part_of_the_past(tmp_path: Path) -> None:
+    """Fails if a run goes on with other tokens or rates for fill-in-the-middle than those it has read with, or one
+    without any is refused for them."""
+    write_source(tmp_path)
+    training = open_sources.open_data(section(tmp_path), VOCAB, S).training
+    for rate, differ in ((0.5, True), (0.0, False)):
+        phases = [PhaseConfig(0, [SourceWeight("web", 1.0, fim_rate=rate)])]
+        plain = replace(section(tmp_path), phases=phases, fim_tokens=["1", "2", "3"])
+        changed = [replace(plain, fim_spm_rate=0.9), replace(plain, fim_tokens=["1", "2", "4"])]
+        hashes = [open_sources.build_plan(data, training, S, seed=0).past_hash(10 * S) for data in (plain, *changed)]
+        assert (len(set(hashes)) == 3) is differ
+
+
 def test_other_tokens_of_the_same_number_are_another_past(tmp_path: Path) -> None:
     """Fails if a source that was tokenized anew with another seed is taken for the one a run has read."""
     hashes = []

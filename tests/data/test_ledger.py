@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from nemotron_train.data.blend import BlendPlan, Phase
-from nemotron_train.data.ledger import NAME, ConsumptionLedger
+from nemotron_train.data.ledger import NAME, ConsumptionLedger, samples_of_step
 
 S = 16
 SOURCES = {"web": 1003, "code": 640}
@@ -36,3 +36,19 @@ def test_a_run_that_goes_on_appends(tmp_path: Path) -> None:
         ConsumptionLedger(tmp_path, plan).write(start + 1, start * S, (start + 1) * S)
     lines = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
     assert [line.get("step", line.get("begins_after_step")) for line in lines] == [0, 1, 1, 2]
+
+
+def test_a_line_that_a_killed_run_left_half_written_does_not_spoil_the_next(tmp_path: Path) -> None:
+    """Fails if what a run says of its data when it goes on is glued to half a line, and lost with it."""
+    plan = BlendPlan(PHASES, SOURCES, seed=1)
+    ledger = ConsumptionLedger(tmp_path, plan)
+    ledger.write(1, 0, 4 * S)
+    ledger.write(2, 4 * S, 8 * S)
+    whole = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).write_bytes(whole[:-30])
+    ConsumptionLedger(tmp_path, plan).begin(1, [])
+    lines = (tmp_path / NAME).read_text().splitlines()
+    assert json.loads(lines[-1]) == {"begins_after_step": 1, "sources": {}}
+    assert len(lines) == 3
+    assert samples_of_step(tmp_path, 1) == (range(4), 4 * S, plan.past_hash(4 * S))
+    assert samples_of_step(tmp_path, 2) is None

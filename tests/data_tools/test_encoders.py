@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_tools import encoders
+from data_tools.documents import Document
 from data_tools.encoders import DocumentEncoder, GigatokenEncoder
 from data_tools.source_record import TokenizeSettings
 from data_tools.tokenize_corpus import tokenize
@@ -60,6 +62,41 @@ def test_the_fast_engine_is_not_used_where_it_differs(tmp_path: Path, tokenizer_
         DocumentEncoder(TokenizeSettings("web", tmp_path / "tokenizer.json", engine="gigatoken"))
 
 
+def test_long_texts_are_encoded_in_pieces_and_get_the_same_ids(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a text is cut where a token would have been, or a piece is lost: shards would depend on the limit."""
+    code = Path(__file__).read_text(encoding="utf-8")
+    prose = " ".join(code.split())  # no line ends
+    documents = [Document(text, "here") for text in (code, *texts(50), prose, "\n\n  x" * 500)]
+    encoder = DocumentEncoder(TokenizeSettings("web", tokenizer_path, engine="tokenizers"))
+    whole = encoder(documents, 0)
+    monkeypatch.setattr(encoders, "LONGEST_PIECE", 300)
+    monkeypatch.setattr(encoders, "SEAM_CHARACTERS", 200)
+    monkeypatch.setattr(encoders, "ENCODED_CHARACTERS", 100)
+    cut = encoder(documents, 0)
+    assert cut.tokens[: whole.lengths[:-1].sum()].tolist() == whole.tokens[: whole.lengths[:-1].sum()].tolist()
+    assert cut.lengths[:-1].tolist() == whole.lengths[:-1].tolist()
+    # Without a seam a text is cut anywhere, and still nothing is lost.
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizer.decode(cut.tokens[-cut.lengths[-1] :].tolist()) == "\n\n  x" * 500
+
+
+def test_the_fast_engine_knows_added_tokens_that_are_not_special(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if tokenizers with tokens for indentation fall back to the slow engine, or a special token that is spelled
+    out ends a document."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer.add_tokens([AddedToken("    ", normalized=False), AddedToken("  ", normalized=False)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = DocumentEncoder(TokenizeSettings("web", tmp_path / "tokenizer.json"))
+    assert encoder.engine_text == "gigatoken"
+    slow = DocumentEncoder(TokenizeSettings("web", tmp_path / "tokenizer.json", engine="tokenizers"))
+    documents = [Document(text, "here") for text in (f"if x:\n        y  {EOD}", "     five")]
+    assert encoder(documents, 0).tokens.tolist() == slow(documents, 0).tokens.tolist()
+    assert (encoder(documents, 0).tokens == encoder.eod_id).sum() == 2
+
+
 def test_documents_cut_between_characters_hold_their_text(tmp_path: Path) -> None:
     """Fails if a piece is lost or in the wrong place, a sentinel is missing, or the cut depends on the workers."""
     names = [EOD, "<pre>", "<suf>", "<mid>"]
@@ -99,5 +136,7 @@ def test_documents_cut_between_characters_hold_their_text(tmp_path: Path) -> Non
     assert forms["suffix first"] / (forms["suffix first"] + forms["prefix first"]) == pytest.approx(0.3, abs=0.08)
     tokenize([source], tmp_path / "again", settings, 2)
     assert files_of(tmp_path / "again") == files_of(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--fim-spm-rate 7 must be from 0 to 1"):
+        tokenize([source], tmp_path / "x", replace(settings, fim_spm_rate=7), 1)
     with pytest.raises(ConfigError, match=r"--fim-rate 0.5 and --fim-tokens \(none\)"):
         tokenize([source], tmp_path / "x", replace(settings, fim_tokens=()), 1)

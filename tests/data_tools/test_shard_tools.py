@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from data_tools import shard_streams
 from data_tools.__main__ import main
 from data_tools.merge import merge
+from data_tools.shard_writer import write_shard
 from data_tools.source_record import TokenizeSettings
 from data_tools.split import split
 from data_tools.tokenize_corpus import tokenize
 from nemotron_train.config.load import load_config
 from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.run_data import open_run_data
-from nemotron_train.data.shard_format import HEADER_BYTES, bin_path, idx_path
+from nemotron_train.data.shard_format import HEADER_BYTES, bin_path, idx_path, read_array
 from nemotron_train.data.shard_meta import read_meta
 from nemotron_train.errors import ConfigError, DataError
 from tests.data_tools.text import texts, write_jsonl
@@ -174,6 +176,58 @@ def test_verify_reports_all_problems_and_another_tokenizer(
     assert printed.count("(--tokenizer)") == SHARDS
 
 
+def test_verify_goes_on_after_the_first_problem_of_a_shard(
+    source: Path, tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a damaged index or meta file hides damaged tokens, the same problem is told twice, or the manifest of a
+    folder below is not believed."""
+    flip(source / BIN, 200, b"\x05")
+    flip(source / IDX, HEADER_BYTES, (5000).to_bytes(4, "little"))
+    (source / "web_00002.meta.json").write_bytes(b"{")
+    flip(source / "web_00002.bin", 300, b"\x05")
+    for suffix in SUFFIXES:
+        (source / f"web_00000{suffix}").unlink()
+    assert main(["verify", str(tmp_path), "--workers", "1", "--tokenizer", str(tokenizer_path.parent)]) == 1
+    printed = capsys.readouterr().err
+    for wanted in (
+        f"{IDX}: sequence 1 points",
+        f"{BIN}: bytes 0 to",
+        "web_00002.meta.json is damaged",
+        "web_00000.idx is",
+    ):
+        assert printed.count(wanted) == 1
+    assert "web_00002.bin: bytes 0 to" in printed
+    assert "its manifest says" in printed
+    (source / "web.manifest.json").write_bytes(b"{")
+    assert main(["verify", str(source), "--workers", "1"]) == 1
+    printed = capsys.readouterr().err
+    assert "web.manifest.json is damaged" in printed
+    assert f"{BIN}: bytes 0 to" in printed
+
+
+def test_split_looks_up_where_to_cut_and_reads_no_whole_index(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if memory grows with the number of documents: shards of billions of them would not be cut."""
+    largest = []
+
+    def read(path: Path, offset: int, dtype: str, count: int) -> np.ndarray:
+        largest.append(count)
+        return read_array(path, offset, dtype, count)
+
+    monkeypatch.setattr(shard_streams, "read_array", read)
+    monkeypatch.setattr(shard_streams, "BLOCK_ENTRIES", 7)
+    made = split(source / "web_00001", tmp_path / "part", shard_tokens=500)
+    assert len(made) > 3
+    assert max(largest) <= 7
+    for size in ({"shards": 0}, {"shard_tokens": 0}, {"shard_tokens": -5}):
+        with pytest.raises(ConfigError, match="one of them must be given, at least 1"):
+            split(source / "web_00001", tmp_path / "none", **size)
+    write_shard(tmp_path / "empty", [], np.dtype("<u2"))
+    with pytest.raises(ConfigError, match="gives 0 shards of whole documents"):
+        split(tmp_path / "empty", tmp_path / "none", shard_tokens=500)
+
+
 def test_show_decodes_documents_and_says_where_they_lie(
     source: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +269,8 @@ def test_show_tells_what_a_step_reads(experiment: list[str], capsys: pytest.Capt
     assert step.count("phase 1, epoch 0") == 4
     assert main(["show", "--window", "17", *experiment]) == 0
     assert capsys.readouterr().out in step
+    assert main(["show", "--window", "-1", *experiment]) == 1
+    assert "numbered from 0, not -1" in capsys.readouterr().err
     assert main(["show", "--step", "99", *experiment]) == 1
     assert "The run has steps 1 to 10" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.__main__ import main
-from data_tools.documents import DocumentStream, find_files
+from data_tools.documents import find_files, read_documents
 from data_tools.parts import plan_parts
 from data_tools.source_record import TokenizedSource, TokenizeSettings
 from data_tools.tokenize_corpus import lock, tokenize
@@ -119,9 +119,6 @@ def test_every_input_format_gives_the_same_documents(tmp_path: Path) -> None:
         (tmp_path / "texts" / "deep" / f"{number:03d}.txt").write_bytes(text.encode())
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "texts"):
         files = find_files([tmp_path / name], (".txt",))
-        stream = DocumentStream(files, "body")
-        assert list(stream) == documents, name
-        assert stream.bytes_read == stream.total_bytes == sum(file.stat().st_size for file in files)
         for part_bytes in (1, 100, 1000, 1 << 20):
             parts = plan_parts(files, part_bytes)
             assert [d.text for part in parts for d in part.documents("body", ())] == documents, (name, part_bytes)
@@ -228,8 +225,10 @@ def test_every_shard_and_the_source_say_what_they_hold(tmp_path: Path, tokenizer
 
 def test_documents_can_be_chosen_by_what_else_is_said_of_them(tmp_path: Path, tokenizer_path: Path) -> None:
     """Fails if --where keeps others, or conditions are joined by "or"."""
-    records = [
-        {"text": f"{lang} {quality}", "lang": lang, "quality": quality} for lang in ("en", "de") for quality in (1, 2)
+    records: list[dict[str, Any]] = [
+        {"text": f"{lang} {quality}", "lang": lang, "quality": quality, "good": quality > 1, "rated": None}
+        for lang in ("en", "de")
+        for quality in (1, 2)
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
@@ -237,11 +236,18 @@ def test_documents_can_be_chosen_by_what_else_is_said_of_them(tmp_path: Path, to
         for where, kept in (
             ((("lang", "en", True),), ["en 1", "en 2"]),
             ((("lang", "en", False), ("quality", "2", True)), ["de 2"]),
+            ((("good", "true", True), ("rated", "null", True)), ["en 2", "de 2"]),
+            ((("good", "true", False),), ["en 1", "de 1"]),
         ):
             [part] = plan_parts([tmp_path / name])
             assert [document.text for document in part.documents("text", where)] == kept
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no key 'language'; it has text, lang, quality \(--where\)"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 1: no key 'language'; it has text, lang, quality, .* \(--where\)"
+    ):
         list(plan_parts([tmp_path / "a.jsonl"])[0].documents("text", (("language", "en", True),)))
+    (tmp_path / "c.txt").write_text("whatever")
+    with pytest.raises(DataError, match=r"c\.txt: plain text has no key 'lang'"):
+        list(plan_parts([tmp_path / "c.txt"])[0].documents("text", (("lang", "en", True),)))
 
 
 def test_two_jobs_at_the_same_work_do_not_meet(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -251,6 +257,11 @@ def test_two_jobs_at_the_same_work_do_not_meet(tmp_path: Path, tokenizer_path: P
     (tmp_path / "out" / ".web.work").mkdir(parents=True)
     with lock(tmp_path / "out" / ".web.work" / "task_0.lock"), pytest.raises(DataError, match="is locked"):
         tokenize([source], tmp_path / "out", settings, 1)
+    # Two tasks of an array that find all parts done at once: one writes, the other has nothing left to do.
+    with lock(tmp_path / "out" / ".web.work" / "shards.lock"):
+        assert tokenize([source], tmp_path / "out", settings, 1) is None
+    with lock(tmp_path / "gone" / "shards.lock") as is_ours:
+        assert not is_ours
     assert made_by([source], tmp_path / "out", settings, 1).documents > 0
 
 
@@ -311,7 +322,8 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path: Path, to
 def test_a_lone_surrogate_does_not_stop_the_run(tmp_path: Path, tokenizer_path: Path) -> None:
     """Fails if one broken escape in a web crawl ends a run of hours."""
     (tmp_path / "a.jsonl").write_text('{"text": "ok \\ud83d end \\ud83d\\ude42"}\n')
-    assert list(DocumentStream([tmp_path / "a.jsonl"], "text")) == ["ok \ufffd end 🙂"]
+    [document] = read_documents(tmp_path / "a.jsonl", "text", ())
+    assert document.text == "ok \ufffd end 🙂"
 
 
 def test_a_tokenizer_without_the_end_token_is_refused_before_anything_is_written(

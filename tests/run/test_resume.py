@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_train.config.schema import PrecisionFormat, RunConfig
+from nemotron_train.data.ledger import samples_of_step
 from nemotron_train.data.run_data import open_run_data
 from tests.ranks import RankPool
 from tests.small_runs import read_metrics, small_config, train
@@ -120,20 +121,24 @@ def test_a_resumed_run_uses_the_optimizer_it_is_asked_for(
 
 
 def changed(config: RunConfig, corpus: Path) -> dict[str, RunConfig]:
+    """What is said, and the configuration it is said of."""
     data = replace(config.data, phases=[replace(config.data.phases[0], weights=config.data.phases[1].weights)])
     return {
-        "run.seed": replace(config, run=replace(config.run, seed=6)),
-        "a phase that has already begun": replace(config, data=data),
+        r"seed: \d+ then, 6 now": replace(config, run=replace(config.run, seed=6)),
+        r"phases\.0\.weights\.\w+: \w+ then, \w+ now": replace(config, data=data),
         "model.mamba_state_dim": replace(config, model=replace(config.model, mamba_state_dim=16)),
     }
 
 
-@pytest.mark.parametrize("what", ["run.seed", "a phase that has already begun", "model.mamba_state_dim"])
-def test_another_past_or_model_is_refused(ranks: RankPool, corpus: Path, tmp_path: Path, what: str) -> None:
-    """Fails if a run goes on, without a word, on other data or another model than its checkpoint's."""
-    config = small_config(corpus, tmp_path, steps=STEPS)
-    ranks.run(train, 1, config, 2)
+@pytest.mark.parametrize("number", range(3))
+def test_another_past_or_model_is_refused(ranks: RankPool, corpus: Path, tmp_path: Path, number: int) -> None:
+    """Fails if a run goes on, without a word, on other data or another model than its checkpoint's, or does not show
+    what differs; or if steps that are not logged are missing in the ledger of what was read."""
+    config = small_config(corpus, tmp_path, steps=STEPS, log={"every_steps": 2})
+    ranks.run(train, 1, config, 3)
+    what, other = list(changed(config, corpus).items())[number]
     with pytest.raises(AssertionError, match=what):
-        ranks.run(train, 1, changed(config, corpus)[what])
+        ranks.run(train, 1, other)
     assert len(losses(tmp_path)) == 2
+    assert all(samples_of_step(tmp_path, step) is not None for step in (1, 2, 3))
     open_run_data(config)
