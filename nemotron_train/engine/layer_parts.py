@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.engine import plain_layers
+from nemotron_train.engine.gathered_attention import GatheredAttention
 from nemotron_train.engine.layer_precision import LayerPrecision
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.platform.device import Platform
@@ -37,18 +38,18 @@ def choose_layer_parts(plan: RunPlan, platform: Platform) -> LayerParts:
     """Choose Transformer Engine on CUDA, plain torch on the CPU, in float32, and where it is not installed."""
     is_plain = not platform.is_cuda or plan.config.precision.format is PrecisionFormat.fp32
     if is_plain or importlib.util.find_spec("transformer_engine") is None:
-        return plain_parts(platform)
+        return plain_parts(platform, plan.layout.context)
     return transformer_engine_parts(plan)
 
 
-def plain_parts(platform: Platform) -> LayerParts:
+def plain_parts(platform: Platform, context_parallel_size: int = 1) -> LayerParts:
     """Plain torch layers; they run on the CPU and on CUDA."""
     return LayerParts(
         name=f"plain torch layers on {platform.device.type}",
         norm=plain_layers.RMSNorm,
         norm_column_linear=plain_layers.NormColumnParallelLinear,
         row_linear=plain_layers.RowParallelLinear,
-        core_attention=plain_layers.CausalAttention,
+        core_attention=plain_layers.CausalAttention if context_parallel_size == 1 else GatheredAttention,
         output_linear=plain_layers.output_linear,
         checkpoint=lambda run, x, group: tensor_parallel.checkpoint(run, False, x),
         precision=LayerPrecision(),
