@@ -49,7 +49,9 @@ def _mamba_ssm() -> Operations:
     return replace(
         _TORCH,
         name="mamba_ssm",
+        gated_rms_norm=mamba_ssm_core.gated_rms_norm,
         mamba_core=mamba_ssm_core.mamba_core,
+        conv_scan=mamba_ssm_core.conv_scan,
         squared_relu=te_elementwise.squared_relu,
         cross_entropy=te_elementwise.cross_entropy,
     )
