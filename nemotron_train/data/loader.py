@@ -1,9 +1,9 @@
 """How do samples reach the training loop in time? One thread per rank reads ahead; the only state is `consumed_tokens`.
 
-A context-parallel rank reads its part of a sample and nothing else (sequence_part.py), with two exceptions that take the
-whole sample and cut it then: what fill-in-the-middle may rearrange, because a document's middle moves to its end, which
-may lie on another rank; and samples whose documents are told apart, because which document a token is in depends on all
-tokens before it.
+A context-parallel rank reads its part of a sample and nothing else (sequence_part.py), but for two kinds of samples,
+which it reads whole and then cuts: those of a source that its phase gives a fim_rate, because a document's middle moves
+to its end, which may lie on another rank; and all samples where documents are told apart, because which document a
+token is in depends on all tokens before it.
 
 A thread is enough: a sample is one `pread`, which releases the interpreter lock. There are no worker processes that
 could be killed by a signal meant for the trainer, and nothing to restore on resume but one integer.

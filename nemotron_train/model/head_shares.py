@@ -24,16 +24,16 @@ from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 
 
 class HeadShares:
-    """The shares of the ranks of one context-parallel group; `plan/rules.py` has proved that heads and groups divide."""
+    """The shares of the ranks of one context-parallel group; `plan/rules.py` has proved that heads and groups
+    divide."""
 
     def __init__(self, sizes: MixerSizes, group: ProcessGroup) -> None:
         """Args:
         sizes: of the mixer on one tensor-parallel rank.
         """
         self._group, self._ranks, self._whole = group, group.size(), sizes
-        self.sizes = replace(
-            sizes, heads=sizes.heads // self._ranks, groups=max(1, sizes.groups // self._ranks)
-        )  # of a share
+        groups = max(1, sizes.groups // self._ranks)
+        self.sizes = replace(sizes, heads=sizes.heads // self._ranks, groups=groups)  # of a share
 
     def take(self, xBCdt_sBf: Tensor) -> Tensor:
         """Return x, B, C and dt of this rank's share, for the whole sequence in order."""

@@ -36,9 +36,7 @@ def mamba_core(
     return y_BSI.transpose(0, 1).contiguous()
 
 
-def conv_scan(
-    xBCdt_SBe: Tensor, weights: CoreWeights, sizes: MixerSizes, documents: Documents | None = None
-) -> Tensor:
+def conv_scan(xBCdt_SBe: Tensor, weights: CoreWeights, sizes: MixerSizes, documents: Documents | None = None) -> Tensor:
     """Return what `scan_part.conv_scan` returns (S B I)."""
     number_BS = None if documents is None else documents.number_BS
     xBC, dt = xBCdt_SBe.split([sizes.conv_channels, sizes.heads], dim=-1)

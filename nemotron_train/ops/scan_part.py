@@ -13,9 +13,7 @@ from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 from nemotron_train.ops.ssd import ssd
 
 
-def conv_scan(
-    xBCdt_SBe: Tensor, weights: CoreWeights, sizes: MixerSizes, documents: Documents | None = None
-) -> Tensor:
+def conv_scan(xBCdt_SBe: Tensor, weights: CoreWeights, sizes: MixerSizes, documents: Documents | None = None) -> Tensor:
     """Return scan(silu(conv(xBC)), softplus(dt + bias)) (S B I) in the projection's dtype; the norm's weight is unused.
 
     Inside all is float32 (float64 for float64 inputs). With `documents`, convolution and scan begin anew with each.

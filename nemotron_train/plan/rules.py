@@ -114,7 +114,7 @@ def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int) 
 
 
 def samples_split_over_context_parallel_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
-    # Two runs of equal length for every rank (data/sequence_part.py); sequence parallelism splits what a rank has again.
+    # Two runs of equal length for every rank (data/sequence_part.py); sequence parallelism splits a rank's part again.
     parallel = config.parallel
     if parallel.context_parallel_size == 1:
         return

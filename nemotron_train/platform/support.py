@@ -8,7 +8,7 @@ from nemotron_train.platform.device import Platform
 
 
 def check_support(config: RunConfig, platform: Platform) -> None:
-    """Raise ConfigError for what needs libraries or a device that are not here, or what those that are here cannot do."""
+    """Raise ConfigError for what needs libraries or a device that are not here, or those that are here cannot do."""
     wanted = config.precision.format
     has_transformer_engine = platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None
     if wanted.is_fp8 and not has_transformer_engine:
@@ -21,9 +21,9 @@ def check_support(config: RunConfig, platform: Platform) -> None:
     if cp_size > 1 and boundary is DocumentBoundary.reset and has_transformer_engine:
         # It cuts every document, and not the sample, into two runs a rank.
         raise ConfigError(
-            f"data.document_boundary=reset with parallel.context_parallel_size={cp_size}: Transformer Engine's attention "
-            "takes only documents whose lengths are multiples of twice the ranks. Set document_boundary=none, "
-            "context_parallel_size=1, or precision.format=fp32."
+            f"data.document_boundary=reset with parallel.context_parallel_size={cp_size}: Transformer Engine's "
+            "attention takes only documents whose lengths are multiples of twice the ranks. Set "
+            "data.document_boundary=none, parallel.context_parallel_size=1, or precision.format=fp32."
         )
     for key in ("gradients", "moments"):
         if getattr(config.optim, key) is StateFormat.bf16 and not has_transformer_engine:

@@ -1,5 +1,5 @@
-"""Does a model whose samples are split over context-parallel ranks compute what its plain-torch definition does on whole
-ones? Nats of every token, and the gradient of every parameter."""
+"""Does a model whose samples are split over context-parallel ranks compute what its plain-torch definition computes of
+whole ones? Nats of every token, and the gradient of every parameter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

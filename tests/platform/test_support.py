@@ -49,7 +49,9 @@ def test_documents_split_over_ranks_are_refused_where_transformer_engine_attends
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # every library is there
     config = config_with("parallel.context_parallel_size=2", *changes)
     gpu = Platform(device=torch.device("cuda"), backend="nccl")
-    expected = nullcontext() if fits else pytest.raises(ConfigError, match="document_boundary=reset.*context_parallel_")
+    expected = (
+        nullcontext() if fits else pytest.raises(ConfigError, match=r"document_boundary=reset.*context_parallel_")
+    )
     with expected:
         check_support(config, gpu)
     check_support(config, CPU)
