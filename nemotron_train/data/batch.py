@@ -25,7 +25,7 @@ class Batch:
     labels_BS: Tensor  # int64
     loss_mask_BS: Tensor  # float32: 1 = carries loss, 0 = padding
     source_B: Tensor  # int64, position in data.sources
-    document_BS: Tensor | None = None  # int32, number of each token's document in its whole sample; None: not told apart
+    document_BS: Tensor | None = None  # int32, each token's document, of the whole sample; None: not told apart
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
