@@ -138,6 +138,21 @@ def test_a_rank_reads_its_part_and_the_whole_only_where_it_must(
             assert counts == run_bytes * len(in_one_piece)
 
 
+def test_the_loader_reads_parts_unless_documents_are_told_apart(
+    sources: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the thread that reads ahead takes whole samples without need."""
+    read = []
+    for eod_id in (None, EOD):
+        with counted_reads(monkeypatch) as counts:
+            share = RankShare(0, 1, 3, SequencePart(1, 4))
+            with DataLoader(reader_of(sources), share, lambda _: 6, 0, eod_id, prefetch_micro_batches=1) as loader:
+                next(loader)
+        read.append(set(counts))
+    assert max(read[0]) == 2 * (S // 8 + 1)
+    assert max(read[1]) == 2 * (S + 1)
+
+
 @pytest.mark.parametrize("eod_id", [None, EOD])
 def test_held_out_windows_are_split_alike(
     sources: list[Source], eod_id: int | None, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,12 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         1,
         ["precision.bf16_last_layers=1", "fp8_delayed"],
     ),
+    (
+        "fp8_products_are_aligned",
+        [*FP8, CP2, "train.seq_length=48", "train.micro_batch_size=1"],
+        2,
+        ["train.seq_length=48", "parallel.context_parallel_size=2", "24 tokens", "16 or 32"],
+    ),
     ("fp8_products_are_aligned", ["precision.format=fp8_block"], 1, ["mixer.in_proj", "778 outputs", "784"]),
     (
         "bf16_state_needs_bf16_weights",
