@@ -24,7 +24,8 @@ from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 
-# Shapes: S sequence, B micro-batch, D hidden, H heads, I = H times head dim. Lower case: this rank's share.
+# Shapes: S sequence (of a context-parallel rank: its part), B micro-batch, D hidden, H heads, I = H times head dim.
+# Lower case: this rank's share.
 
 
 class _Weights(nn.Module):

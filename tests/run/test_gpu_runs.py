@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ SIZES = dict(
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "MAMBA_DETERMINISTIC": "1"}
 
 
-def config_in(tmp_path: Path, name: str, precision: PrecisionFormat) -> RunConfig:
+def config_in(
+    tmp_path: Path, name: str, precision: PrecisionFormat, parallel: dict[str, Any] | None = None
+) -> RunConfig:
     corpus = tmp_path / "corpus"
     if not corpus.exists():
         corpus.mkdir()
@@ -38,6 +41,7 @@ def config_in(tmp_path: Path, name: str, precision: PrecisionFormat) -> RunConfi
         steps=4 * STEPS,
         model=SIZES,
         precision={"format": precision},
+        parallel=parallel or {},
         train={"seq_length": 128},
     )
 
