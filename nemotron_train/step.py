@@ -60,7 +60,7 @@ def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> li
         run.chunks,
         num_micro_batches=len(batches),
         micro_batch_size=train.micro_batch_size,
-        seq_length=batches[0].tokens_BS.shape[1],
+        seq_length=batches[0].tokens_BS.shape[1] * run.plan.layout.context,
         forward_only=forward_only,
     )
 

@@ -20,6 +20,7 @@ from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
+from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.engine.groups import Groups, any_rank, from_rank_zero
 from nemotron_train.engine.layer_parts import choose_layer_parts
 from nemotron_train.engine.mcore_config import (
@@ -74,6 +75,7 @@ class Trainer:
             dp_rank=run.groups.dp.rank(),
             dp_size=run.groups.dp.size(),
             micro_batch_size=self.config.train.micro_batch_size,
+            part=SequencePart(run.groups.cp.rank(), run.groups.cp.size()),
         )
         self.saved_step: int | None = None
         self.skipped_in_a_row = 0

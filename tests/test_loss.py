@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nemotron_train.config.schema import RunConfig
-from nemotron_train.data.batch import Batch, RankShare, build_batch
+from nemotron_train.data.batch import Batch, RankShare, build_batch, take_part
 from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.run_data import open_run_data
+from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.evaluate import evaluate, pad_to_multiple
 from nemotron_train.loss import MeanLoss, add_reports, mean_loss, sum_losses
 from nemotron_train.plan.run_plan import plan_run
@@ -112,12 +113,15 @@ def evaluate_twice(config: RunConfig) -> tuple[list[MeanLoss], Arrays, bool]:
     data, means = open_run_data(config), []
     with live_run(config) as run:
         share = RankShare(
-            dp_rank=run.groups.dp.rank(), dp_size=run.groups.dp.size(), micro_batch_size=config.train.micro_batch_size
+            dp_rank=run.groups.dp.rank(),
+            dp_size=run.groups.dp.size(),
+            micro_batch_size=config.train.micro_batch_size,
+            part=SequencePart(run.groups.cp.rank(), run.groups.cp.size()),
         )
         heldout = list(heldout_batches(data.heldout, config.train.eval_tokens, SEQ, share))
         means.append(evaluate(run, heldout))
         for step in (3, 4):  # past the first step, whose rate is 0
-            samples = random_samples(step, 8, config)
+            samples = take_part(random_samples(step, 8, config), share.part)
             train_step(
                 run,
                 micro_batches(samples, config.train.micro_batch_size, share.dp_rank, share.dp_size),
@@ -135,6 +139,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
     "pp2_vpp2": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
 }
 WINDOWS = 35  # odd, and more micro-batches than evaluation takes at once
 

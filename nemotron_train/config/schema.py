@@ -125,7 +125,7 @@ class ParallelSection:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     virtual_pipeline_size: int = 1  # model chunks per pipeline rank (interleaved schedule)
-    context_parallel_size: int = 1
+    context_parallel_size: int = 1  # ranks that share out the tokens of each sample, in two runs each; for long samples
     sequence_parallel: bool = False  # norms and residuals split over the sequence between tensor-parallel regions
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass runs
     overlap_param_gather: bool = False  # gather updated weights while the next forward pass runs

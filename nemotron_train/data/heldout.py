@@ -2,12 +2,15 @@
 once.
 
 Which windows these are depends on nothing but the shards, seq_length and eval_tokens; data-parallel ranks only
-share them out.
+share them out, and context-parallel ranks take their part of each.
 """
 
 from collections.abc import Iterator, Sequence
 
-from nemotron_train.data.batch import Batch, RankShare, build_batch
+import numpy as np
+
+from nemotron_train.data.batch import Batch, RankShare, build_batch, take_part
+from nemotron_train.data.sequence_part import WHOLE
 from nemotron_train.data.source import Source
 
 
@@ -34,9 +37,13 @@ def heldout_batches(
         if source is not None
         for index in range(count_heldout_windows(source, eval_tokens, seq_length))
     ]
-    size = share.micro_batch_size
+    size, part = share.micro_batch_size, share.part
+    read_part = part if eod_id is None else WHOLE  # see loader.py
+    runs = read_part.runs(seq_length)
     for start in range(0, len(windows), size * share.dp_size):
         first = start + share.dp_rank * size
         mine = windows[first : first + size]
-        rows = [source.read(at, seq_length + 1) for _, source, at in mine]
-        yield build_batch(rows, [number for number, _, _ in mine], num_rows=size, seq_length=seq_length, eod_id=eod_id)
+        rows = [np.concatenate([source.read(at + run.start, len(run) + 1) for run in runs]) for _, source, at in mine]
+        numbers = [number for number, _, _ in mine]
+        batch = build_batch(rows, numbers, size, sum(map(len, runs)), eod_id, read_part.num_runs)
+        yield batch if read_part == part else take_part(batch, part)

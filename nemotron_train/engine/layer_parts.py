@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.engine import plain_layers
 from nemotron_train.engine.emulated_layers import emulated
+from nemotron_train.engine.gathered_attention import GatheredAttention
 from nemotron_train.engine.layer_precision import LayerPrecision
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.platform.device import Platform
@@ -51,7 +52,7 @@ def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
         norm=plain_layers.RMSNorm,
         norm_column_linear=plain_layers.NormColumnParallelLinear,
         row_linear=plain_layers.RowParallelLinear,
-        core_attention=plain_layers.CausalAttention,
+        core_attention=plain_layers.CausalAttention if plan.layout.context == 1 else GatheredAttention,
         output_linear=plain_layers.output_linear,
         checkpoint=lambda run, x, group: tensor_parallel.checkpoint(run, False, x),
         precision=LayerPrecision(),

@@ -24,6 +24,7 @@ def run_micro_batches(
     Args:
         forward_step: see `forward.py`, which writes down what the schedule expects of it.
         batches: for each model chunk an iterator over the same micro-batches.
+        seq_length: of whole samples; the schedule works out what sequence and context parallelism leave of it.
 
     Returns:
         the report of every micro-batch on the last pipeline stage; an empty list elsewhere.

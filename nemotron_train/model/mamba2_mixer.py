@@ -1,4 +1,5 @@
-"""The Mamba-2 mixer of a training run, with its heads and groups split over tensor-parallel ranks.
+"""The Mamba-2 mixer of a training run, with its heads and groups split over tensor-parallel ranks, and for convolution
+and scan over context-parallel ranks as well.
 
 Source: Mamba-2, arXiv 2405.21060; parameter names and packing as in Megatron-Core 0.16's `MambaMixer`.
 `model/reference/mamba2_mixer.py` is the same mathematics in full, on one device. The arithmetic itself is in `ops/`.
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.engine.layer_parts import LayerParts
+from nemotron_train.model.head_shares import HeadShares
 from nemotron_train.model.names import part_rows
 from nemotron_train.model.sharding import shard_packed, sharded_parameters
 from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 
-# Shapes: S sequence, B micro-batch, D hidden, H heads, I = H times head dim. Lower case: this rank's share.
+# Shapes: S sequence (of a context-parallel rank: its part), B micro-batch, D hidden, H heads, I = H times head dim.
+# Lower case: this rank's share.
 
 
 class _Weights(nn.Module):
@@ -55,6 +58,7 @@ class Mamba2Mixer(MegatronModule):
             chunk=model.mamba_chunk_size,
             epsilon=model.norm_epsilon,
         )
+        self.shares = HeadShares(sizes, groups.cp) if groups.cp.size() > 1 else None
         linear: dict[str, Any] = dict(config=config, bias=False, is_expert=False, tp_group=groups.tp)
         self.in_proj = parts.norm_column_linear(
             model.hidden_size,
@@ -106,7 +110,15 @@ class Mamba2Mixer(MegatronModule):
             D_H=self.D,
             norm_I=self.norm.weight,
         )
-        return self.operations.mamba_core(zxBCdt_SBf, weights, self.sizes, documents)
+        sizes, shares = self.sizes, self.shares
+        if shares is None:
+            return self.operations.mamba_core(zxBCdt_SBf, weights, sizes, documents)
+        z_SBi, xBCdt_SBe = zxBCdt_SBf.split([sizes.inner, sizes.conv_channels + sizes.heads], dim=-1)
+        y = self.operations.conv_scan(shares.take(xBCdt_SBe), shares.weights(weights), shares.sizes, documents)
+        y_SBi = shares.give_back(y)
+        return self.operations.gated_rms_norm(
+            y_SBi, z_SBi, weights.norm_I, num_groups=sizes.groups, epsilon=sizes.epsilon
+        )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint layout of Megatron-Core: packed rows are stored in parts, for any tensor-parallel size to read."""

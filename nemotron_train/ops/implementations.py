@@ -12,6 +12,7 @@ from nemotron_train.ops.cross_entropy import cross_entropy
 from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.gated_norm import gated_rms_norm
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes, mamba_core
+from nemotron_train.ops.scan_part import conv_scan
 from nemotron_train.ops.squared_relu import squared_relu
 from nemotron_train.ops.ssd import ssd
 
@@ -25,6 +26,7 @@ class Operations:
     causal_conv_silu: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_rms_norm: Callable[..., Tensor]
     mamba_core: Callable[[Tensor, CoreWeights, MixerSizes, Documents | None], Tensor]
+    conv_scan: Callable[[Tensor, CoreWeights, MixerSizes, Documents | None], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
     cross_entropy: Callable[..., Tensor]
 
@@ -35,6 +37,7 @@ _TORCH = Operations(
     causal_conv_silu=causal_conv_silu,
     gated_rms_norm=gated_rms_norm,
     mamba_core=mamba_core,
+    conv_scan=conv_scan,
     squared_relu=squared_relu,
     cross_entropy=cross_entropy,
 )
@@ -46,7 +49,9 @@ def _mamba_ssm() -> Operations:
     return replace(
         _TORCH,
         name="mamba_ssm",
+        gated_rms_norm=mamba_ssm_core.gated_rms_norm,
         mamba_core=mamba_ssm_core.mamba_core,
+        conv_scan=mamba_ssm_core.conv_scan,
         squared_relu=te_elementwise.squared_relu,
         cross_entropy=te_elementwise.cross_entropy,
     )

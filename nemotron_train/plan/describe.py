@@ -94,6 +94,16 @@ def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
             f"pipeline {layout.pipeline} x data {layout.data}; {plan.config.precision.format.value}",
         )
     ]
+    if layout.context > 1:
+        seq_length = plan.batches.seq_length_at(0)
+        rows.append(
+            (
+                "context",
+                f"every rank has 2 runs of {seq_length // (2 * layout.context):,} of the {seq_length:,} tokens of a "
+                f"sample, and scans all of them for {_heads_of_share(plan)} of the {plan.config.model.mamba_num_heads} "
+                "Mamba heads",
+            )
+        )
     if layout.pipeline == 1:
         return rows
     costs = plan.pipeline_costs()
@@ -110,7 +120,7 @@ def _precision_rows(plan: RunPlan) -> list[tuple[str, str]]:
     precision, train = plan.config.precision, plan.config.train
     if not precision.format.is_fp8:
         return []
-    tp_size, tokens = plan.layout.tensor, train.seq_length * train.micro_batch_size
+    tp_size, tokens = plan.layout.tensor, train.seq_length // plan.layout.context * train.micro_batch_size
     kinds = Counter((gemm.name.split(".", 3)[-1], gemm.on_rank(tp_size), gemm.reason) for gemm in plan.gemms)
     in_fp8 = sum(gemm.in_fp8 for gemm in plan.gemms)
     rows = [("products", f"{in_fp8} of {len(plan.gemms)} linear layers in {precision.format.value}, on a rank:")]
@@ -178,6 +188,11 @@ def _reached(plan: RunPlan, start_tokens: int) -> str:
 
 def _chunk_text(plan: RunPlan, chunk: range) -> str:
     return "".join(plan.layers[layer].value for layer in chunk)
+
+
+def _heads_of_share(plan: RunPlan) -> int:
+    """Return the Mamba heads that a tensor- and context-parallel rank scans."""
+    return plan.config.model.mamba_num_heads // (plan.layout.tensor * plan.layout.context)
 
 
 def _imbalance(plan: RunPlan) -> float:

@@ -59,12 +59,14 @@ def fp8_products_are_aligned(config: RunConfig, world_size: int) -> Iterator[str
     pattern, tp_size = _pattern(config), config.parallel.tensor_parallel_size
     if not config.precision.format.is_fp8 or pattern is None:
         return
+    cp_size = config.parallel.context_parallel_size
+    shared = f" / parallel.context_parallel_size={cp_size}" if cp_size > 1 else ""
     for key, length in sample_lengths(config):
-        tokens = length * config.train.micro_batch_size
+        tokens = length // cp_size * config.train.micro_batch_size
         if tokens % FP8_COLUMNS_MULTIPLE == 0:
             continue
         yield (
-            f"{key}={length} x train.micro_batch_size={config.train.micro_batch_size} = "
+            f"{key}={length}{shared} x train.micro_batch_size={config.train.micro_batch_size} = "
             f"{tokens} tokens cannot be multiplied in FP8, which takes multiples of {FP8_COLUMNS_MULTIPLE}. "
             f"Use {nearest_multiples(tokens, FP8_COLUMNS_MULTIPLE)} tokens."
         )

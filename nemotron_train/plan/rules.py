@@ -5,6 +5,7 @@ Rules of the model and its layout are here; those of FP8 in `precision_rules.py`
 rate, data) in `run_rules.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 from nemotron_train.config.schema import RunConfig
@@ -60,12 +61,6 @@ def mamba_groups_divide_mamba_heads(config: RunConfig, world_size: int) -> Itera
         )
 
 
-def context_parallel_is_not_there_yet(config: RunConfig, world_size: int) -> Iterator[str]:
-    size = config.parallel.context_parallel_size
-    if size > 1:
-        yield f"parallel.context_parallel_size={size}: not supported by this version. Set it to 1."
-
-
 def ranks_hold_whole_replicas(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     ranks = ranks_per_replica(config.parallel)
@@ -118,6 +113,46 @@ def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int) 
         )
 
 
+def samples_split_over_context_parallel_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+    # Two runs of equal length for every rank (data/sequence_part.py); sequence parallelism splits a rank's part again.
+    parallel = config.parallel
+    if parallel.context_parallel_size == 1:
+        return
+    split_again = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    multiple = parallel.context_parallel_size * math.lcm(2, split_again)
+    for key, seq_length in sample_lengths(config):
+        if seq_length % multiple:
+            again = f", split again over parallel.tensor_parallel_size={split_again} ranks" if split_again > 1 else ""
+            yield (
+                f"{key}={seq_length} cannot be split into two equal runs for each of "
+                f"parallel.context_parallel_size={parallel.context_parallel_size} ranks{again}. "
+                f"Use {nearest_multiples(seq_length, multiple)} tokens, or another parallel.context_parallel_size."
+            )
+
+
+def mamba_heads_split_over_context_parallel_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+    # A rank scans the whole sequence for a share of its tensor-parallel rank's heads (model/head_shares.py).
+    model, tp_size = config.model, config.parallel.tensor_parallel_size
+    cp_size = config.parallel.context_parallel_size
+    heads, groups = model.mamba_num_heads, model.mamba_num_groups
+    if cp_size == 1 or heads % tp_size or groups % tp_size:
+        return  # the latter are reported by another rule
+    sizes = f"parallel.tensor_parallel_size={tp_size} x parallel.context_parallel_size={cp_size}"
+    if heads % (tp_size * cp_size):
+        yield (
+            f"model.mamba_num_heads={heads} cannot be split over {sizes} ranks, each of which scans the whole sequence "
+            f"for a share of the heads. Use {nearest_divisors(heads // tp_size, cp_size)} context-parallel ranks, or "
+            f"model.mamba_num_heads of {nearest_multiples(heads, tp_size * cp_size)}."
+        )
+    elif max(groups // tp_size, cp_size) % min(groups // tp_size, cp_size):
+        yield (
+            f"model.mamba_num_groups={groups} over {sizes} ranks: {cp_size} ranks can neither share out the "
+            f"{groups // tp_size} groups of a tensor-parallel rank evenly nor share each. Let one of these two numbers "
+            "divide the other: change parallel.context_parallel_size, parallel.tensor_parallel_size or "
+            "model.mamba_num_groups."
+        )
+
+
 def virtual_pipeline_needs_a_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     if parallel.virtual_pipeline_size > 1 and parallel.pipeline_parallel_size == 1:
@@ -137,11 +172,12 @@ MODEL_RULES: tuple[Rule, ...] = (
     pattern_is_readable_and_can_be_cut,
     query_groups_divide_attention_heads,
     mamba_groups_divide_mamba_heads,
-    context_parallel_is_not_there_yet,
     ranks_hold_whole_replicas,
     tensor_parallel_size_divides_the_model,
     tensor_parallel_size_divides_the_vocabulary,
     sequence_parallel_needs_tensor_parallel,
+    samples_split_over_context_parallel_ranks,
+    mamba_heads_split_over_context_parallel_ranks,
     virtual_pipeline_needs_a_pipeline,
     parameter_gather_overlaps_with_gradient_reduction,
 )

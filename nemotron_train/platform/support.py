@@ -2,13 +2,13 @@
 
 import importlib.util
 
-from nemotron_train.config.schema import PrecisionFormat, RunConfig, StateFormat
+from nemotron_train.config.schema import DocumentBoundary, PrecisionFormat, RunConfig, StateFormat
 from nemotron_train.errors import ConfigError
 from nemotron_train.platform.device import Platform
 
 
 def check_support(config: RunConfig, platform: Platform) -> None:
-    """Raise ConfigError for a precision or an optimizer state that needs libraries or a device that are not here."""
+    """Raise ConfigError for what needs libraries or a device that are not here, or those that are here cannot do."""
     wanted = config.precision.format
     has_transformer_engine = platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None
     if wanted.is_fp8 and platform.is_cuda and not has_transformer_engine:  # a CPU emulates FP8; a GPU would be wasted
@@ -17,6 +17,14 @@ def check_support(config: RunConfig, platform: Platform) -> None:
         )
     if wanted is PrecisionFormat.fp32:
         return
+    cp_size, boundary = config.parallel.context_parallel_size, config.data.document_boundary
+    if cp_size > 1 and boundary is DocumentBoundary.reset and has_transformer_engine:
+        # It cuts every document, and not the sample, into two runs a rank.
+        raise ConfigError(
+            f"data.document_boundary=reset with parallel.context_parallel_size={cp_size}: Transformer Engine's "
+            "attention takes only documents whose lengths are multiples of twice the ranks. Set "
+            "data.document_boundary=none, parallel.context_parallel_size=1, or precision.format=fp32."
+        )
     for key in ("gradients", "moments"):
         if getattr(config.optim, key) is StateFormat.bf16 and not has_transformer_engine:
             raise ConfigError(

@@ -58,6 +58,7 @@ PARTS_OF_OPTIMIZER = ("optimizer.state.param.", "optimizer.state.exp_avg.", "opt
 
 TP2 = {"tensor_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 
 
 def config_of(run_dir: Path, parallel: Mapping[str, Any], pattern: str = "M*-") -> RunConfig:
@@ -147,7 +148,9 @@ def test_weights_and_moments_survive_any_change_of_layout(
         ("pp2", 2, PP2),
         ("tp2 again", 2, TP2),
         ("dp2", 2, {}),
+        ("cp2", 2, CP2),
         ("alone", 1, {}),
+        ("cp2 again", 2, CP2),
     ]
     for name, world_size, parallel in layouts:
         ranks.run(start_and_save, world_size, config_of(tmp_path / name, parallel), start, 0)

@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from nemotron_train.model.reference.ssd import ssd_recurrence
 from nemotron_train.ops.documents import Documents
+from nemotron_train.ops.gated_norm import gated_rms_norm
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes, mamba_core
+from nemotron_train.ops.scan_part import conv_scan
 from tests.ops.scan_inputs import gradients_of
 from tests.ops.test_elementwise_operations import plain_conv, plain_gated_norm, random
 
@@ -147,3 +149,30 @@ def test_no_gradient_crosses_an_end(decay: float) -> None:
         assert (gradient[own_SB].abs().sum(-1) > 0).all()
     [across] = torch.autograd.grad(mamba_core(zxBCdt, CoreWeights(*weights), sizes)[20:].square().sum(), zxBCdt)
     assert (across[17:20].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("ends", [None, ENDS[0]])
+def test_the_core_in_two_parts_is_the_core(groups: int, ends: list[list[int]] | None) -> None:
+    """Fails if convolution and scan without the norm, which ranks with a share of the heads run, are not the core's."""
+    sizes = sizes_with(groups)
+    documents = None if ends is None else Documents(numbered(ends, 21))
+
+    def in_two_parts(zxBCdt_SBf: Tensor, *weights: Tensor) -> Tensor:
+        z, xBCdt = zxBCdt_SBf.split([sizes.inner, sizes.conv_channels + sizes.heads], dim=-1)
+        y = conv_scan(xBCdt, CoreWeights(*weights), sizes, documents)
+        return gated_rms_norm(y, z, weights[-1], num_groups=groups, epsilon=sizes.epsilon)
+
+    inputs = random_core_inputs(sizes, 21)
+    fused = gradients_of(lambda t, *w: mamba_core(t, CoreWeights(*w), sizes, documents), inputs)
+    for name, ours, whole in zip(NAMES, gradients_of(in_two_parts, inputs), fused, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_scan_without_the_norm_is_rounded_once_at_its_end() -> None:
+    """Fails if anything inside is bfloat16."""
+    sizes = sizes_with(groups=2)
+    zxBCdt, *weights = (t.bfloat16() for t in random_core_inputs(sizes, 21))
+    xBCdt = zxBCdt[..., sizes.inner :]
+    in_float32 = conv_scan(xBCdt.float(), CoreWeights(*(w.float() for w in weights)), sizes)
+    assert torch.equal(conv_scan(xBCdt, CoreWeights(*weights), sizes), in_float32.bfloat16())

@@ -49,6 +49,20 @@ def test_text_tells_model_layout_steps_rate_and_phases(capsys: pytest.CaptureFix
         assert fact in out
 
 
+def test_the_long_context_layout_of_the_12b_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if 512k tokens on tensor 8 x context 16 cannot be planned, or context-parallel ranks count as replicas."""
+    long = ["parallel.context_parallel_size=16", "train.seq_length=524_288", "train.global_batch_size=92"]
+    arguments = [*NANO_12B, *long, "train.eval_tokens=524_288"]
+    assert main([*arguments, "format=json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["context_parallel_size"], plan["data_parallel_size"], plan["micro_batches"]) == (16, 46, 2)
+    assert plan["tokens_per_step"] == 92 * 524_288
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for fact in ("context 16", "2 runs of 16,384 of the 524,288 tokens", "for 1 of the 128 Mamba heads"):
+        assert fact in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -11,6 +11,7 @@ from tests.plan.small import config_with
 
 TP2 = "parallel.tensor_parallel_size=2"
 PP2 = "parallel.pipeline_parallel_size=2"
+CP2 = "parallel.context_parallel_size=2"
 FP8 = ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
 WORDS = "whole number", "number", "whole number or null", "number or null"
 
@@ -33,6 +34,12 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         [*FP8, "precision.format=fp8_delayed", "precision.bf16_last_layers=1"],
         1,
         ["precision.bf16_last_layers=1", "fp8_delayed"],
+    ),
+    (
+        "fp8_products_are_aligned",
+        [*FP8, CP2, "train.seq_length=48", "train.micro_batch_size=1"],
+        2,
+        ["train.seq_length=48", "parallel.context_parallel_size=2", "24 tokens", "16 or 32"],
     ),
     (
         "fp8_products_are_aligned",
@@ -106,12 +113,6 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         1,
         ["model.mamba_num_heads=10", "model.mamba_num_groups=4", "2 or 5"],
     ),
-    (
-        "context_parallel_is_not_there_yet",
-        ["parallel.context_parallel_size=2"],
-        2,
-        ["parallel.context_parallel_size=2", "not supported by this version"],
-    ),
     ("ranks_hold_whole_replicas", [TP2], 5, ["5 ranks", "parallel.tensor_parallel_size=2", "4 or 6"]),
     ("ranks_hold_whole_replicas", [TP2, PP2], 3, ["3 ranks", "take 4", "pipeline_parallel_size=2", "Start 4 ranks"]),
     (
@@ -161,6 +162,43 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         [TP2, "parallel.sequence_parallel=true", "train.seq_length=255"],
         2,
         ["train.seq_length=255", "parallel.tensor_parallel_size=2", "254 or 256"],
+    ),
+    (
+        "samples_split_over_context_parallel_ranks",
+        [CP2, "train.seq_length=254"],
+        2,
+        ["train.seq_length=254", "parallel.context_parallel_size=2", "252 or 256"],
+    ),
+    (
+        "samples_split_over_context_parallel_ranks",
+        [CP2, "train.seq_length=192", "data.phases.1.seq_length=258"],
+        2,
+        ["data.phases[1].seq_length=258", "parallel.context_parallel_size=2", "256 or 260"],
+    ),
+    (
+        "samples_split_over_context_parallel_ranks",
+        [
+            CP2,
+            "parallel.tensor_parallel_size=5",
+            "parallel.sequence_parallel=true",
+            "train.seq_length=250",
+            *(f"model.{name}=10" for name in ("num_attention_heads", "num_query_groups", "mamba_num_groups")),
+            "model.vocab_size=2000",
+        ],
+        10,
+        ["train.seq_length=250", "parallel.context_parallel_size=2", "parallel.tensor_parallel_size=5", "240 or 260"],
+    ),
+    (
+        "mamba_heads_split_over_context_parallel_ranks",
+        ["parallel.context_parallel_size=4"],
+        4,
+        ["model.mamba_num_heads=10", "parallel.context_parallel_size=4", "2 or 5", "8 or 12"],
+    ),
+    (
+        "mamba_heads_split_over_context_parallel_ranks",
+        [TP2, "parallel.context_parallel_size=4", "model.mamba_num_heads=24", "model.mamba_num_groups=6"],
+        8,
+        ["model.mamba_num_groups=6", "parallel.tensor_parallel_size=2", "parallel.context_parallel_size=4", "3 groups"],
     ),
     (
         "virtual_pipeline_needs_a_pipeline",
@@ -370,6 +408,10 @@ def test_all_broken_rules_are_reported_together() -> None:
         ([TP2, "parallel.sequence_parallel=true"], 2),
         ([PP2, "parallel.virtual_pipeline_size=2"], 2),
         ([TP2, PP2], 4),
+        ([CP2], 2),
+        ([CP2, TP2, PP2, "parallel.sequence_parallel=true", "model.mamba_num_heads=12"], 8),
+        (["parallel.context_parallel_size=4", "model.mamba_num_heads=16", "model.mamba_num_groups=2"], 4),
+        (["parallel.context_parallel_size=2", "model.mamba_num_heads=16", "model.mamba_num_groups=4"], 2),
         (["parallel.pipeline_parallel_size=10"], 10),
         (["checkpoint.resume=runs/a/checkpoints/step_000000100"], 1),
         (["train.train_tokens=600_000"], 1),  # phases that a short run never reaches are no mistake

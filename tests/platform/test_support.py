@@ -1,6 +1,7 @@
 """Is what this machine cannot do refused before anything starts, with the key to change?"""
 
 import importlib.util
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,3 +36,27 @@ def test_bf16_optimizer_state_without_transformer_engine_is_refused(key: str) ->
 def test_what_a_cpu_can_do_is_accepted(format: PrecisionFormat) -> None:
     """Fails if a plain run, or one that a CPU emulates, is refused."""
     check_support(config_with(f"precision.format={format.value}", SIZES_FP8_TAKES), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        (["precision.format=bf16", "data.document_boundary=reset"], False),
+        (["precision.format=fp32", "data.document_boundary=reset"], True),
+        (["precision.format=bf16"], True),
+    ],
+)
+def test_documents_split_over_ranks_are_refused_where_transformer_engine_attends(
+    changes: list[str], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a run gets so far that attention dies of documents of any length, or plain layers are refused what they
+    can do."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # every library is there
+    config = config_with("parallel.context_parallel_size=2", *changes)
+    gpu = Platform(device=torch.device("cuda"), backend="nccl")
+    expected = (
+        nullcontext() if fits else pytest.raises(ConfigError, match=r"document_boundary=reset.*context_parallel_")
+    )
+    with expected:
+        check_support(config, gpu)
+    check_support(config, CPU)

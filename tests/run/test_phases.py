@@ -60,8 +60,9 @@ def test_samples_change_their_length_at_the_phases(
         (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
         (2, {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
         (2, {}),
+        (2, {"context_parallel_size": 2}),
     ],
-    ids=["TP2+SP", "PP2xVPP2", "DP2"],
+    ids=["TP2+SP", "PP2xVPP2", "DP2", "CP2"],
 )
 def test_every_layout_follows_the_phases(
     ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float], world_size: int, layout: dict[str, Any]
@@ -114,13 +115,15 @@ def test_fill_in_the_middle_survives_a_stop(
 def test_documents_told_apart_change_the_run_alike_under_every_layout(
     ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]
 ) -> None:
-    """Fails if data.document_boundary does nothing, or does other things under tensor or pipeline parallelism."""
+    """Fails if data.document_boundary does nothing, or does other things under tensor or context parallelism."""
     data = {"document_boundary": DocumentBoundary.reset, "eod_token": str(94)}
     curves = []
-    for number, layout in enumerate(({}, {"tensor_parallel_size": 2, "sequence_parallel": True})):
+    layouts = (1, {}), (2, {"tensor_parallel_size": 2, "sequence_parallel": True}), (2, {"context_parallel_size": 2})
+    for number, (world_size, layout) in enumerate(layouts):
         folder = tmp_path / str(number)
         config = phased(corpus, folder, parallel=layout)
-        ranks.run(train, 1 + number, replace(config, data=replace(config.data, **data)))
+        ranks.run(train, world_size, replace(config, data=replace(config.data, **data)))
         curves.append(losses(folder))
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert curves[0] == pytest.approx(curves[2], rel=1e-5)
     assert curves[0] != pytest.approx(straight, rel=1e-3)

@@ -66,6 +66,7 @@ def test_the_layout_may_change(ranks: RankPool, corpus: Path, tmp_path: Path, st
         (2, 3, {"tensor_parallel_size": 2, "sequence_parallel": True}),
         (2, 6, {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
         (4, 9, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+        (2, 11, {"context_parallel_size": 2}),
         (1, None, {}),
     )
     for world_size, stop_step, layout in layouts:
