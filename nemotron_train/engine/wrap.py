@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -19,9 +20,13 @@ def wrap_in_data_parallel(
     groups: ProcessGroupCollection,
 ) -> list[ModelChunk]:
     """Give every chunk gradient buffers that are reduced over data-parallel ranks."""
+    # Later chunks of an interleaved pipeline are small: one bucket each. Not over gloo (torch 2.13), which mixes up the
+    # weights when a bucket's bfloat16 and float32 parts are gathered in one operation.
+    one_bucket = dist.get_backend(groups.dp_cp) != "gloo"
     wrapped = [
-        # Later chunks of an interleaved pipeline are small: one bucket each.
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups)
+        DistributedDataParallel(
+            config, ddp_config, chunk, disable_bucketing=one_bucket and index > 0, pg_collection=groups
+        )
         for index, chunk in enumerate(chunks)
     ]
     if ddp_config.overlap_grad_reduce:

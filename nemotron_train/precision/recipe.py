@@ -23,7 +23,7 @@ class Fp8Recipe:
     power_of_two: bool  # scales are powers of two
 
 
-# Steps of which delayed scaling takes the maximum, and what it does with them: Transformer Engine's defaults.
+# Micro-batches of which delayed scaling takes the maximum; Transformer Engine's default.
 DELAYED_HISTORY_STEPS = 1024
 
 

@@ -47,9 +47,12 @@ def alone(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Losses:
     return ranks.run(take_steps, 1, tmp_path_factory.mktemp("alone"), 2, {})[0]
 
 
-def test_a_pipeline_changes_nothing(ranks: RankPool, tmp_path: Path, alone: Losses) -> None:
-    """Fails if a stage's scales depend on how many layers are on other ranks, or on the order of micro-batches."""
-    losses = ranks.run(take_steps, 2, tmp_path, 2, {"parallel": {"pipeline_parallel_size": 2}})[0]
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_a_pipeline_changes_nothing(ranks: RankPool, tmp_path: Path, alone: Losses, virtual: int) -> None:
+    """Fails if a stage's scales depend on how many layers are on other ranks, or on the order of micro-batches, or if
+    gathering the weights of a chunk mixes those in bfloat16 with those in float32."""
+    parallel = {"pipeline_parallel_size": 2, "virtual_pipeline_size": virtual}
+    losses = ranks.run(take_steps, 2, tmp_path, 2, {"parallel": parallel})[0]
     for format in FORMATS:
         assert losses[format] == pytest.approx(alone[format], rel=1e-6), format
 
