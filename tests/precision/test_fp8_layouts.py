@@ -1,9 +1,10 @@
 """What does a parallel layout change about emulated FP8? The oracle is the same model on one rank.
 
 A pipeline changes nothing, and data parallelism nothing for scales that follow from a micro-batch alone. Delayed
-scaling has the maxima of all ranks of a step: the same scales for the same samples at once, whoever takes them. Tensor
-parallelism rounds sums of partial results to bfloat16 once more, as without FP8; its weights are quantised shard by
-shard, so fp8_current takes the maximum of a shard, and blocks begin anew with each shard.
+scaling has the maxima of all ranks of a step: the same scales for the same samples at once, whoever takes them.
+Context parallelism gives each rank other blocks of tokens, and maxima, to quantise by. Tensor parallelism rounds sums
+of partial results to bfloat16 once more, as without FP8; its weights are quantised shard by shard, so fp8_current takes
+the maximum of a shard, and blocks begin anew with each shard.
 """
 
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from nemotron_train.config.schema import PrecisionFormat, Recompute
+from nemotron_train.data.batch import take_part
+from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.ranks import launched_rank
 from nemotron_train.step import train_step
@@ -33,10 +36,9 @@ def take_steps(folder: Path, micro_batch_size: int, sections: dict[str, Any]) ->
     with live_groups(configs[FORMATS[0]]) as (platform, groups):
         for format, config in configs.items():
             run = build_runtime(plan_run(config, launched_rank().world_size), platform, groups)
-            batches = [
-                micro_batches(random_samples(step, BATCH, config), micro_batch_size, groups.dp.rank(), groups.dp.size())
-                for step in range(STEPS)
-            ]
+            part = SequencePart(groups.cp.rank(), groups.cp.size())
+            samples = [take_part(random_samples(step, BATCH, config), part) for step in range(STEPS)]
+            batches = [micro_batches(s, micro_batch_size, groups.dp.rank(), groups.dp.size()) for s in samples]
             results = [train_step(run, batch, step * SEQ * BATCH) for step, batch in enumerate(batches)]
             losses[format] = [result.loss.loss for result in results]
     return losses
@@ -57,9 +59,12 @@ def test_a_pipeline_changes_nothing(ranks: RankPool, tmp_path: Path, alone: Loss
         assert losses[format] == pytest.approx(alone[format], rel=1e-6), format
 
 
-def test_tensor_parallelism_changes_what_it_changes_without_fp8(ranks: RankPool, tmp_path: Path, alone: Losses) -> None:
+@pytest.mark.parametrize("parallel", [TP2_SP, {"context_parallel_size": 2}], ids=["tp2_sp", "cp2"])
+def test_splitting_a_sample_changes_what_it_changes_without_fp8(
+    ranks: RankPool, tmp_path: Path, alone: Losses, parallel: dict[str, Any]
+) -> None:
     """Fails if a rank quantises another part of the sequence or of the weights than it multiplies."""
-    losses = ranks.run(take_steps, 2, tmp_path, 2, {"parallel": TP2_SP})[0]
+    losses = ranks.run(take_steps, 2, tmp_path, 2, {"parallel": parallel})[0]
     for format in FORMATS:
         assert losses[format] == pytest.approx(alone[format], rel=2e-3), format
 
