@@ -11,15 +11,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # NCCL speaks up when something is wrong, and only then. INFO shows which network and algorithms it chose.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# A collective that fails or times out (parallel.timeout_seconds) ends the rank instead of leaving it waiting.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-
-# The last 2,000 collectives of each rank are remembered and written down when one times out: who waited for whom.
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
-export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-
 # How long torchrun waits after a stop signal before it kills ranks (its default, 30 s, is shorter than a step and a
-# large checkpoint may take). Read by torch 2.9 and newer.
+# large checkpoint may take). An older torch does not know it and kills after its 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 # Compiled Triton kernels stay on the node: a shared home directory is slow, and not every file system locks well.
@@ -33,4 +26,4 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 #   NCCL_IB_HCA                              the InfiniBand adapters to use, e.g. mlx5, where some ports are for storage
 #   NCCL_NVLS_ENABLE=0                       no NVLink multicast, for machines whose driver or container lacks it and where
 #                                            NCCL fails at its first all-reduce; it is the faster way where it works
-#   PYTORCH_ALLOC_CONF=expandable_segments:True   (PYTORCH_CUDA_ALLOC_CONF before torch 2.9) against fragmented GPU memory
+#   PYTORCH_ALLOC_CONF=expandable_segments:True   against fragmented GPU memory (PYTORCH_CUDA_ALLOC_CONF in an older torch)

@@ -1,12 +1,11 @@
 """What a user sees when a rank fails: the first cause once, and from the other ranks one line each.
 
 When one rank dies, the others fail a moment later with lost connections. Failing ranks therefore ask the launcher's
-store who was first. Under srun that store is in rank 0, which therefore leaves last.
+store who was first.
 """
 
 import logging
 import os
-import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -31,36 +30,22 @@ _LOST_CONNECTION = (
 def report_failure(error: BaseException, me: LaunchedRank) -> None:
     """Say why this rank fails: in full if it is the first to, else in one line that names the first cause."""
     lost = _lost_connection(error)
-    summary = f"{type(error).__name__}: {_first_line(error)}"
+    first_line = (str(error).splitlines() or [""])[0]
+    summary = f"{type(error).__name__}: {first_line}"
     if lost:
         summary = "lost its connection to another rank, which died or was killed"
     first = _first_cause(f"rank {me.rank}: {summary}", me) if me.world_size > 1 else None
     if first is not None:
         logger.error("Stopping, because another rank failed first (%s).", first)
-    else:
-        _tell_in_full(error, me, summary if lost else None)
-    if me.serves_rendezvous and me.world_size > 1 and dist.is_initialized():
-        time.sleep(_STORE_TIMEOUT.total_seconds())  # the others read the first cause from this process
-
-
-def _tell_in_full(error: BaseException, me: LaunchedRank, lost: str | None) -> None:
-    """Say what happened here.
-
-    Args:
-        lost: in words, if it is a lost connection.
-    """
+        return
     if isinstance(error, NemotronTrainError):
         logger.error("%s: %s", type(error).__name__, error)
     elif lost:
-        logger.error("This rank %s: %s", lost, _first_line(error))
+        logger.error("This rank %s: %s", summary, first_line)
     else:
         logger.error("Unexpected %s", type(error).__name__, exc_info=error)
     if me.is_launched:
         get_error_handler().record_exception(error)  # torchrun repeats it in its own summary
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _lost_connection(error: BaseException) -> bool:

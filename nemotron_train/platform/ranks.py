@@ -21,11 +21,6 @@ class LaunchedRank:
     local_rank: int  # index of this process, and of its GPU, on its node
     is_launched: bool = False  # by a launcher that names a rendezvous at MASTER_ADDR, MASTER_PORT
 
-    @property
-    def serves_rendezvous(self) -> bool:
-        """Whether the rendezvous ends when this process does: torchrun serves it itself, under srun rank 0 does."""
-        return self.is_launched and self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
 
 def launched_rank() -> LaunchedRank:
     """Read this process's place from the environment: torchrun's variables, else srun's; without a launcher the process

@@ -12,7 +12,7 @@ RENDEZVOUS = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMES, *SRUN, "TORCHELASTIC_USE_AGENT_STORE"):
+    for name in (*NAMES, *SRUN):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -87,17 +87,5 @@ def test_srun_without_a_rendezvous_is_refused(monkeypatch: pytest.MonkeyPatch) -
     """Fails if sixteen tasks train sixteen runs in one folder, or die in torch without a word on what to set."""
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="16 tasks, but MASTER_ADDR, MASTER_PORT.*pretrain.sbatch"):
+    with pytest.raises(ConfigError, match=r"16 tasks, but MASTER_ADDR, MASTER_PORT.*pretrain\.sbatch"):
         launched_rank()
-
-
-@pytest.mark.parametrize(
-    ("rank", "agent_store", "serves"), [(0, None, True), (0, "True", False), (0, "False", True), (1, None, False)]
-)
-def test_who_serves_the_rendezvous(
-    monkeypatch: pytest.MonkeyPatch, rank: int, agent_store: str | None, serves: bool
-) -> None:
-    """Fails if rank 0 leaves before the others have read the first cause from it, or waits where torchrun has it."""
-    if agent_store is not None:
-        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent_store)
-    assert LaunchedRank(rank=rank, world_size=2, local_rank=rank, is_launched=True).serves_rendezvous is serves
