@@ -86,7 +86,10 @@ def tokenize(
             on_progress("tokenize", read, total, tokens)
         if not all(job.is_done(part.number) for part in parts):
             return None
-        with lock(record.work / "shards.lock"):
+        with lock(record.work / "shards.lock", wait=True):  # tasks that finish together: one writes, the other finds it
+            finished = record.find_finished()
+            if finished is not None:
+                return finished
             shards = []
             for shard in run(job.write_shard, range(job.num_shards)):
                 shards += [shard] if shard is not None else []
@@ -124,11 +127,11 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock; it is gone when this process is, however it ends."""
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock; it is gone when this process is, however it ends. Without `wait`, another holder is an error."""
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
                 f"{path} is locked: another process is at the same work. Wait for it, or choose another --output."

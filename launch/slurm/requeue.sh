@@ -5,16 +5,16 @@ go_on=85 # exit code of a run that saved after a stop signal (EXIT_REQUEUE of ne
 
 say() { printf '== %s job %s: %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$*"; }
 
-# requeue REASON: puts this job back into the queue and ends the script; does not, if somebody cancelled the job meanwhile.
+# requeue REASON: puts this job back into the queue and ends the script. One that Slurm is ending already, because somebody
+# cancelled it (then it reads COMPLETING) or it is being requeued, is left to that.
 requeue() {
     local state
     state="$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')"
-    case "$state" in
-        RUNNING | COMPLETING | PREEMPTED)
-            say "back into the queue: $1"
-            scontrol requeue "$SLURM_JOB_ID"
-            ;;
-        *) say "$1; the job is ${state:-gone} and stays out of the queue" ;;
-    esac
+    if [ "$state" = RUNNING ]; then
+        say "back into the queue: $1"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        say "$1; the job is ${state:-gone} and is not put back into the queue"
+    fi
     exit "$go_on"
 }
