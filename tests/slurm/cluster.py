@@ -44,7 +44,10 @@ ReturnToService=2
 KillWait=30
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=all Nodes=n1,n2 Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n1,n2 Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 State=UP PriorityTier=9
 """
 
 

@@ -135,6 +135,20 @@ def test_a_job_that_runs_into_its_time_limit_goes_on_until_it_is_cancelled(submi
     assert saved_step(job) == job.last_step > first[-1]["step"]
 
 
+def test_a_job_that_makes_way_for_another_saves_first_and_goes_on_after_it(submit: Callable[..., Job]) -> None:
+    """Fails if preemption loses steps, or the job does not come back."""
+    job = submit("preempted", "--ntasks-per-node=1", "--time=20", steps=ENDLESS)
+    job.wait_until(lambda: job.last_step >= 20, 5 * MINUTES)
+    urgent = job.cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    job.wait_until(lambda: job.restarts == 1, 3 * MINUTES)
+    first = job.metrics
+    assert len(first) == first[-1]["step"] == saved_step(job)
+    job.wait_until(lambda: job.cluster.job(urgent)["JobState"] == "COMPLETED", 2 * MINUTES)
+    job.wait_until(lambda: job.last_step > first[-1]["step"], 5 * MINUTES)
+    assert [record["step"] for record in job.metrics] == list(range(1, len(job.metrics) + 1))
+    job.cluster.command("scancel", "--signal=KILL", "--full", job.number)
+
+
 def test_a_job_that_fails_names_the_cause_and_stays_out_of_the_queue(
     submit: Callable[..., Job], tmp_path: Path
 ) -> None:
