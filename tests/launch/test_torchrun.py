@@ -29,8 +29,8 @@ def script(tmp_path: Path) -> Path:
     return folder / "torchrun.sh"
 
 
-def start(script: Path, *overrides: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NPROC": "2"}
+def start(script: Path, *overrides: str, ranks: int) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NPROC": str(ranks)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return subprocess.Popen(
@@ -41,7 +41,7 @@ def start(script: Path, *overrides: str) -> subprocess.Popen:
 def test_a_signal_saves_and_ends_with_the_code_that_asks_to_go_on(script: Path, corpus: Path, tmp_path: Path) -> None:
     """Fails if USR1 kills torchrun or does not reach its ranks, or the script ends with torchrun's 1."""
     run_dir = tmp_path / "run"
-    process = start(script, *small_overrides(corpus, run_dir, steps=100_000))
+    process = start(script, *small_overrides(corpus, run_dir, steps=100_000), ranks=2)
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
@@ -58,7 +58,7 @@ def test_a_signal_saves_and_ends_with_the_code_that_asks_to_go_on(script: Path, 
 
 def test_a_failure_is_no_stop(script: Path, corpus: Path, tmp_path: Path) -> None:
     """Fails if an error of the user ends with the code that asks to go on."""
-    process = start(script, *small_overrides(corpus, tmp_path / "run", steps=10), "lr.peak=-1")
+    process = start(script, *small_overrides(corpus, tmp_path / "run", steps=10), "lr.peak=-1", ranks=1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_FAILED, output
     assert "lr.peak" in output

@@ -4,6 +4,7 @@ init system or real nodes. Every process it starts is ended by its id."""
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -102,12 +103,26 @@ class Cluster:
         """The end of what each daemon said, for the message of a failed test."""
         return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.log")))
 
+    def left_over(self) -> list[int]:
+        """Processes of jobs that outlived their daemons: they belong to no group of ours, but have our environment."""
+        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
+    def end_jobs(self) -> None:
+        """Cancel all jobs and wait for their processes to end."""
+        self.command("scancel", f"--user={getuser()}")
+        self.command("scancel", "--signal=KILL", "--full", f"--user={getuser()}")
+        wait_until(lambda: not self.command("squeue", "--noheader").strip(), 60, lambda: "jobs do not end")
+
     def stop(self) -> None:
-        """Cancel all jobs, wait for the processes that keep them, then end the daemons, the last started first."""
+        """End all jobs, the daemons, the last started first, and what they have left."""
         with suppress(AssertionError, subprocess.TimeoutExpired):
-            self.command("scancel", "--signal=KILL", "--full", f"--user={getuser()}")
-            self.command("scancel", f"--user={getuser()}")
-            wait_until(lambda: not self.command("squeue", "--noheader").strip(), 60, lambda: "jobs do not end")
+            self.end_jobs()
         for daemon in reversed(self.daemons):
             daemon.terminate()
             try:
@@ -115,6 +130,9 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for process in self.left_over():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 @contextmanager
@@ -156,7 +174,8 @@ def _configure(folder: Path) -> None:
 
 def _idle_nodes(cluster: Cluster) -> int:
     try:
-        return cluster.command("sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
+        lines = cluster.command("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
+        return len({line for line in lines if line.endswith(" idle")})  # a node stands there once a partition
     except AssertionError:  # slurmctld does not answer yet
         return 0
 

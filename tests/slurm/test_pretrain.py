@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.shard_writer import write_shard
 from nemotron_train.checkpoint.commit import newest_checkpoint, read_commit
-from tests.slurm.cluster import Cluster, read_lines, wait_until
+from tests.slurm.cluster import SYSTEM_PATH, Cluster, read_lines, wait_until
 from tests.small_runs import write_corpus
 from tests.small_runs_by_command import STEP_TOKENS, small_overrides
 
@@ -61,12 +61,16 @@ class Job:
 
 
 @pytest.fixture
-def submit(cluster: Cluster, corpus: Path, tmp_path: Path) -> Callable[..., Job]:
+def submit(cluster: Cluster, corpus: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs = []
+
     def submit(name: str, *options: str, steps: int, damaged: Path | None = None) -> Job:
         (tmp_path / name).mkdir()
-        return Job(cluster, damaged or corpus, tmp_path / name, steps=steps, options=options)
+        jobs.append(Job(cluster, damaged or corpus, tmp_path / name, steps=steps, options=options))
+        return jobs[-1]
 
-    return submit
+    yield submit
+    cluster.end_jobs()  # a failed test's job would be in the way of the next test's
 
 
 def write_corpus_with_a_token_outside_the_vocabulary(folder: Path) -> Path:
@@ -146,7 +150,6 @@ def test_a_job_that_makes_way_for_another_saves_first_and_goes_on_after_it(submi
     job.wait_until(lambda: job.cluster.job(urgent)["JobState"] == "COMPLETED", 2 * MINUTES)
     job.wait_until(lambda: job.last_step > first[-1]["step"], 5 * MINUTES)
     assert [record["step"] for record in job.metrics] == list(range(1, len(job.metrics) + 1))
-    job.cluster.command("scancel", "--signal=KILL", "--full", job.number)
 
 
 def test_a_job_that_fails_names_the_cause_and_stays_out_of_the_queue(
@@ -170,18 +173,35 @@ def test_a_time_limit_too_short_to_begin_is_refused_the_second_time(submit: Call
     assert "--time must be longer" in job.output.read_text()
 
 
+# Takes apptainer's place on the PATH: runs what stands behind the image, if the options before it are those expected.
+APPTAINER = """#!/bin/bash
+[ "$1 $2 $3 $5" = "exec --nv --bind --pwd" ] && [ "$6" = "$PWD" ] && [ "$7" = image.sif ] || exit 9
+case "$4" in "$PWD,/corpus:/data") ;; *) exit 9 ;; esac
+exec "${@:8}"
+"""
+
+
+@pytest.mark.parametrize("container", ["", "image.sif"])
 def test_a_node_with_a_wrong_package_is_named_before_anything_starts(
-    submit: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    submit: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
 ) -> None:
-    """Fails if ranks start on a node that the doctor finds unfit, or nobody says why they did not."""
+    """Fails if ranks start on a node that the doctor finds unfit, nobody says why they did not, or the doctor looks at
+    the node where the ranks would be in a container."""
     package = tmp_path / "older" / "megatron_core-0.15.0.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.15.0\n")
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    if container:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "apptainer").write_text(APPTAINER)
+        (tmp_path / "bin" / "apptainer").chmod(0o755)
+        monkeypatch.setattr("tests.slurm.cluster.SYSTEM_PATH", f"{tmp_path}/bin:{SYSTEM_PATH}")
+        monkeypatch.setenv("CONTAINER", container)
+        monkeypatch.setenv("CONTAINER_MOUNTS", "/corpus:/data")
     job = submit("unfit", "--ntasks-per-node=1", "--time=20", steps=ENDLESS)
     job.wait_until(lambda: job.state == "FAILED", 3 * MINUTES)
     output = job.output.read_text()
-    assert "0.15.0, supported is megatron-core>=0.16.1,<0.16.2" in output
+    assert "0.15.0, supported is megatron-core==0.16.1" in output
     assert "not fit to train on" in output
     assert not list((job.logs / "start_1").glob("rank_*"))
     assert not job.run_dir.exists()
