@@ -126,16 +126,17 @@ def test_a_job_asked_to_stop_saves_goes_back_into_the_queue_and_ends_as_one_that
 def test_a_job_that_runs_into_its_time_limit_goes_on_until_it_is_cancelled(submit: Callable[..., Job]) -> None:
     """Fails if Slurm's signal ahead of the limit does not lead to a checkpoint and a requeue, or scancel leads to
     one."""
-    job = submit("endless", "--ntasks-per-node=1", "--time=2", "--signal=B:USR1@30", steps=ENDLESS)
-    job.wait_until(lambda: job.restarts == 1, 4 * MINUTES)
+    job = submit("endless", "--ntasks-per-node=1", "--time=3", "--signal=B:USR1@30", steps=ENDLESS)
+    job.wait_until(lambda: job.restarts == 1, 5 * MINUTES)
     first = job.metrics
     assert len(first) == first[-1]["step"] == saved_step(job)
-    job.wait_until(lambda: job.last_step > first[-1]["step"] + 20, 3 * MINUTES)
+    job.wait_until(lambda: job.last_step > first[-1]["step"], 5 * MINUTES)
     assert [record["step"] for record in job.metrics] == list(range(1, len(job.metrics) + 1))
+    restarts = job.restarts  # one, unless this machine is so slow that the second start met its limit as well
     job.cluster.command("scancel", job.number)
     job.wait_until(lambda: job.state == "CANCELLED", 2 * MINUTES)
     job.wait_until(lambda: "not put back into the queue" in job.output.read_text(), MINUTES)
-    assert (job.state, job.restarts) == ("CANCELLED", 1)
+    assert (job.state, job.restarts) == ("CANCELLED", restarts)
     assert saved_step(job) == job.last_step > first[-1]["step"]
 
 
