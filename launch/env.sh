@@ -11,9 +11,9 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 # NCCL speaks up when something is wrong, and only then. INFO shows which network and algorithms it chose.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# How long torchrun waits after a stop signal before it kills ranks (its default, 30 s, is shorter than a step and a
-# large checkpoint may take). An older torch does not know it and kills after its 30 s.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+# How long torchrun waits for ranks after a stop signal, or after one of them failed, before it kills them. Its default,
+# 30 s, is shorter than a step and a large checkpoint may take. An older torch does not know it and kills after its 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 
 # Compiled Triton kernels stay on the node: a shared home directory is slow, and not every file system locks well.
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-cache-$(id -u)}"

@@ -14,7 +14,7 @@ from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes, mamba_core
 from nemotron_train.ops.ssd import ssd
 
 # Dense bf16 TFLOP/s of the data sheets, by what stands in the device's name; the first that fits counts.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312}
 # A large product reaches about 0.6 to 0.8 of the peak. Below these a GPU is throttled, shared or broken (our choice).
 MIN_SHARE_OF_PEAK, MIN_SHARE_OF_MEDIAN = 0.45, 0.85
 # Largest norm of the difference to the exact result, in shares of its norm.
@@ -25,11 +25,18 @@ def check_gemms(
     devices: Sequence[torch.device], matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 ) -> list[Finding]:
     """Return a finding for each device; one that is slower than the others is slow too."""
-    measured = [_measure_gemm(device, matmul) for device in devices]
-    median = statistics.median(tflops for tflops, _ in measured)
-    return [
-        _gemm_finding(device, tflops, wrong, median) for device, (tflops, wrong) in zip(devices, measured, strict=True)
-    ]
+    findings, measured = [], {}
+    for device in devices:
+        try:
+            measured[device] = _measure_gemm(device, matmul)
+        except RuntimeError as error:  # of CUDA: no memory left, an illegal access, a GPU that fell off the bus
+            fix = "See nvidia-smi for other processes and dmesg (Xid) for errors of the device."
+            found = f"fails: {(str(error).splitlines() or [''])[0]}"
+            findings.append(Finding(f"matrix product on {device}", Status.wrong, found, fix))
+    for device, (tflops, wrong_rows) in measured.items():
+        median = statistics.median(others for others, _ in measured.values())
+        findings.append(_gemm_finding(device, tflops, wrong_rows, median))
+    return findings
 
 
 def _measure_gemm(device: torch.device, matmul: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, int]:
@@ -88,7 +95,9 @@ def check_scan(device: torch.device, scan: Callable[..., Tensor] | None = None) 
         seconds = seconds_of(lambda: _with_gradients(ours, inputs), device, repeats=5)
     except Exception as error:
         fix = "Check the packages above; kernels must be built for the torch that is here."
-        return Finding(check, Status.wrong, f"fails: {type(error).__name__}: {str(error).splitlines()[:1]}", fix)
+        return Finding(
+            check, Status.wrong, f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", fix
+        )
     name = best_operations(device, dtype).name
     found = f"{seconds * 1e3:.3g} ms forward and backward ({name}), differs by {difference:.1e}"
     if not difference <= TOLERANCE[dtype]:

@@ -58,15 +58,15 @@ def test_a_wrong_gradient_of_the_scan_is_found(part: int) -> None:
     assert finding.forbids_training, finding
 
 
-def test_a_scan_that_fails_is_told_and_not_raised() -> None:
-    """Fails if a kernel that does not compile ends the doctor before its other findings are told."""
+def test_what_fails_is_told_and_not_raised() -> None:
+    """Fails if a full GPU, or a kernel that does not compile, ends the doctor before its other findings are told."""
 
     def failing(*inputs: Tensor) -> Tensor:
         raise RuntimeError("no kernel image is available")
 
-    finding = check_scan(CPU, failing)
-    assert finding.forbids_training
-    assert "no kernel image" in finding.found
+    for finding in (check_scan(CPU, failing), *check_gemms([CPU], failing)):
+        assert finding.forbids_training
+        assert "no kernel image" in finding.found
 
 
 def test_missing_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
