@@ -8,6 +8,7 @@ job starts. The exit code is 0 unless something without which nothing can be tra
 import argparse
 import importlib.util
 import json
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def tell(findings: Sequence[Finding], form: str) -> None:
         table.show(findings)
         return
     for finding in findings:
-        sys.stdout.write(json.dumps(finding.as_record()) + "\n")
+        sys.stdout.write(json.dumps({"host": socket.gethostname(), **finding.as_record()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def test_json_is_one_object_a_line_and_the_exit_code_follows_the_findings(
     assert doctor.main(["--quick", "--format", "json"]) == 1
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["status"] for record in records] == ["ok", "missing"]
+    assert {record["host"] for record in records} == {socket.gethostname()}
     monkeypatch.setattr(doctor, "examine", lambda *_, **__: SICK[:1])
     assert doctor.main(["--quick", "--format", "json"]) == 0
 
