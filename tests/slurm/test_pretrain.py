@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slurm
 SCRIPT = "launch/slurm/pretrain.sbatch"
 ENDLESS = 1_000_000
 MINUTES = 60.0
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
 class Job:
@@ -159,7 +160,7 @@ def test_a_job_that_fails_names_the_cause_and_stays_out_of_the_queue(
     """Fails if a failure is requeued, its exit code lost, or its cause does not stand where the job is told of."""
     corpus = write_corpus_with_a_token_outside_the_vocabulary(tmp_path / "damaged")
     job = submit("failing", "--ntasks-per-node=1", "--time=20", steps=ENDLESS, damaged=corpus)
-    job.wait_until(lambda: job.state not in ("PENDING", "RUNNING", "COMPLETING"), 4 * MINUTES)
+    job.wait_until(lambda: job.state in ENDED, 4 * MINUTES)
     assert (job.state, job.restarts, job.cluster.job(job.number)["ExitCode"]) == ("FAILED", 0, "1:0"), job.tell()
     told = job.output.read_text()
     assert re.search(r"^\[rank \d\] DataError: Source 'text'.*has token 200 at token", told, re.MULTILINE), told
@@ -169,7 +170,7 @@ def test_a_job_that_fails_names_the_cause_and_stays_out_of_the_queue(
 def test_a_time_limit_too_short_to_begin_is_refused_the_second_time(submit: Callable[..., Job]) -> None:
     """Fails if a job whose signal comes at once goes round for ever."""
     job = submit("short", "--ntasks-per-node=1", "--time=2", "--signal=B:USR1@300", steps=ENDLESS)
-    job.wait_until(lambda: job.state not in ("PENDING", "RUNNING", "COMPLETING"), 4 * MINUTES)
+    job.wait_until(lambda: job.state in ENDED, 4 * MINUTES)
     assert (job.state, job.restarts, job.last_step) == ("FAILED", 1, 0), job.tell()
     assert "--time must be longer" in job.output.read_text()
 
