@@ -10,6 +10,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup.sh
 source launch/setup.sh
+# shellcheck source=launch/env.sh
+source launch/env.sh
+# shellcheck source=launch/ranks.sh
+source launch/ranks.sh
 
 data=runs/quickstart-data
 vocab_size=2048 # model.vocab_size of recipes/model/quickstart.yaml
@@ -57,10 +61,8 @@ prepare_data() {
 }
 
 count_ranks() {
-    local gpus=0
-    if [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; then
-        gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
-    fi
+    local gpus
+    gpus="$(count_gpus)"
     # 1, 2, 4 or 8: a step of 16 samples divides among them.
     local ranks=2
     if [ "$gpus" -ge 1 ]; then
@@ -68,25 +70,6 @@ count_ranks() {
         while [ "$((ranks * 2))" -le "$gpus" ] && [ "$ranks" -lt 8 ]; do ranks=$((ranks * 2)); done
     fi
     echo "${RANKS:-$ranks}"
-}
-
-# Runs a command as a job of its own and passes signals on: Ctrl-C reaches it once, and it never outlives this script's
-# SIGTERM. Leaves the command's exit code in `code`, and in `stopped` whether there was a signal.
-run_job() {
-    local signalled=yes
-    stopped=no
-    set -m
-    "$@" </dev/null &
-    local job=$!
-    set +m
-    trap 'signalled=yes stopped=yes; kill -INT "$job" 2>/dev/null || true' INT
-    trap 'signalled=yes stopped=yes; kill -TERM "$job" 2>/dev/null || true' TERM HUP
-    while [ "$signalled" = yes ]; do
-        signalled=no
-        code=0
-        wait "$job" || code=$?
-    done
-    trap - INT TERM HUP
 }
 
 train() {
@@ -97,11 +80,9 @@ train() {
     fi
     ranks="$(count_ranks)"
     say "Training in $run_dir on $ranks ranks"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     local micro_batch=()
     if [ "$ranks" -gt 2 ]; then micro_batch=("train.micro_batch_size=$((ranks < 16 ? 16 / ranks : 1))"); fi
-    run_job "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
-        -m nemotron_train.train experiment=quickstart ${micro_batch[@]+"${micro_batch[@]}"} "$@"
+    run_ranks "$ranks" experiment=quickstart ${micro_batch[@]+"${micro_batch[@]}"} "$@"
     if [ "$code" != 0 ]; then
         if [ "$stopped" = yes ]; then say "Stopped"; else say "Training failed (exit code $code)"; fi
         say "The same command goes on from the last checkpoint in $run_dir, if there is one"

@@ -83,7 +83,7 @@ make_environment() {
         "$base cannot make virtual environments; install its venv package (on Debian and Ubuntu: python3-venv) or set PYTHON"
     if [ -n "$kept" ]; then
         constraints="$venv/constraints.txt"
-        { grep -v -E '^(torch|numpy)==' "$repo/constraints.txt"; printf '%s\n' "$kept"; } >"$constraints"
+        { grep -v -E '^(torch|numpy|triton)==' "$repo/constraints.txt"; printf '%s\n' "$kept"; } >"$constraints"
         printf '%s\n' "$outer" >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_environment.pth"
     else
         # First and alone: asked for by its exact version, a build for this machine comes before larger ones.

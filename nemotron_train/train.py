@@ -55,7 +55,6 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
     platform = choose_platform(me)
     check_support(config, platform)
     stop = StopRequest()
-    stop.listen()
     with process_groups(
         plan.layout,
         platform,
@@ -64,6 +63,7 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
         seed=config.run.seed,
         fingerprint=fingerprint(config) + data.blend.past_hash(plan.batches.consumed_at_end),
     ) as groups:
+        stop.listen()  # not before all ranks have met: until then a signal ends a rank, instead of leaving it to wait
         runtime = build_runtime(plan, platform, groups)
         finished = Trainer(runtime, data, stop, is_reporter=me.rank == 0).train()
     return 0 if finished else EXIT_REQUEUE

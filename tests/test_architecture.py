@@ -23,7 +23,7 @@ LEVELS = [
     {"checkpoint", "observe"},
     {"forward", "step", "evaluate"},
     {"trainer"},
-    {"train", "convert"},
+    {"train", "convert", "doctor"},
 ]
 # Edges between parts of one level, with the reason.
 SIDEWAYS = {
@@ -61,6 +61,8 @@ INNER_IMPORTS: dict[tuple[str, str], str] = {
     ("data_tools/encoders.py", "gigatoken"): "optional, and slow to import",
     ("data_tools/executors.py", "ray"): "optional",
     ("ops/implementations.py", "nemotron_train.ops.te_elementwise"): "needs Transformer Engine",
+    ("doctor/__main__.py", "nemotron_train.doctor.measurements"): "needs torch, and has to say so where it is broken",
+    ("doctor/__main__.py", "nemotron_train.doctor.table"): "needs rich",
 }
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 80, 7

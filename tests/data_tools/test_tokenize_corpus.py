@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -91,6 +92,21 @@ def test_output_does_not_depend_on_who_does_the_work(
         tokenize([source], tmp_path / "tasks", settings, 1, task=(task, 3))
     assert len(files_of(tmp_path / "1")) == 4 * 3 + 1
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3") == files_of(tmp_path / "tasks")
+
+
+def test_tasks_that_finish_together_both_end_well(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Fails if the second of two tasks that find all parts done is refused while the first writes the shards."""
+    sources = [write_jsonl(tmp_path / f"{n}.jsonl", texts(50, seed=n)) for n in range(2)]
+    settings, out = TokenizeSettings("web", tokenizer_path, num_shards=2), tmp_path / "out"
+    assert tokenize(sources, out, settings, 1, task=(0, 2)) is None
+    results: list[object] = []
+    with lock(out / ".web.work" / "shards.lock"):
+        task = threading.Thread(target=lambda: results.append(tokenize(sources, out, settings, 1, task=(1, 2))))
+        task.start()
+        task.join(timeout=1.0)  # long enough to be refused; a slow machine only makes the test easier to pass
+    task.join()
+    assert len(results) == 1
+    assert (out / "web.manifest.json").exists()
 
 
 def test_another_seed_is_another_order_of_the_same_documents(tmp_path: Path, tokenizer_path: Path) -> None:
