@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron_train.checkpoint.commit import read_commit
+from nemotron_train.checkpoint.safe_load import CheckedReader
 from nemotron_train.model.names import PART_NAMES, rule_for
 
 
@@ -16,10 +17,10 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
     """Return every parameter by name, packed ones as the mixer holds them on one rank.
 
     Raises:
-        CheckpointError: the folder is no complete checkpoint.
+        CheckpointError: the folder is no complete checkpoint, or damaged.
     """
-    read_commit(folder)
-    reader = FileSystemReader(folder)
+    commit = read_commit(folder)
+    reader = CheckedReader(folder, commit)
     stored = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in reader.read_metadata().state_dict_metadata.items()
