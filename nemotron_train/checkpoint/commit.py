@@ -110,6 +110,8 @@ def read_commit(folder: Path) -> Commit:
         DamagedCheckpoint: the folder is no complete checkpoint; says which file is missing or has another size.
     """
     commit = parse_commit(folder)
+    if (match := _STEP_FOLDER.fullmatch(folder.name)) and int(match[1]) != commit.step:
+        raise DamagedCheckpoint(f"{folder} has the {COMMIT_FILE} of step {commit.step}.")
     for name, expected in commit.files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None

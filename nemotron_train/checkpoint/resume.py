@@ -92,11 +92,6 @@ def _named_or_own(named: Path, newest: Path | None) -> Path:
     return newest
 
 
-def origin_of(folder: Path, commit: Commit, config: RunConfig) -> str | None:
-    """Where a run that loads `folder` started from: that folder, unless it is one of the run's own."""
-    return commit.origin if folder.resolve().parent == checkpoints_folder(config).resolve() else str(folder.resolve())
-
-
 def is_own(folder: Path, config: RunConfig) -> bool:
     """Whether a checkpoint is one of the run's own, and not where a new run starts."""
     return folder.resolve().parent == checkpoints_folder(config).resolve()

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, Metadata, ReadItem
 from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.futures import Future
@@ -195,6 +196,16 @@ class SafePlanner(MCoreLoadPlanner):
             set_element(self.original_state_dict, self.mappings[name], found)
         else:
             self.state_dict[name] = found
+
+
+def damage_in(error: BaseException) -> DamagedCheckpoint | None:
+    """Return the damage that ranks found while they read, if that is what stopped them: torch gathers what went wrong
+    on each into an exception of its own."""
+    failures: list[BaseException] = [error]
+    if isinstance(error, CheckpointException):
+        failures = [failure for failure, _ in error.failures.values()]
+    damages = [str(failure) for failure in failures if isinstance(failure, DamagedCheckpoint)]
+    return DamagedCheckpoint("\n".join(dict.fromkeys(damages))) if damages else None
 
 
 def _first_line(error: BaseException) -> str:

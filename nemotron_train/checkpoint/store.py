@@ -1,6 +1,6 @@
 """Saves and loads the state of a run, all ranks together, under any layout: `torch_dist` files inside a commit."""
 
-import logging
+import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_train.checkpoint.commit import (
     Commit,
-    DamagedCheckpoint,
     check_file,
     commit_folder,
     read_commit,
@@ -22,7 +21,13 @@ from nemotron_train.checkpoint.commit import (
 )
 from nemotron_train.checkpoint.resume import checkpoints_folder
 from nemotron_train.checkpoint.resume_gate import model_facts
-from nemotron_train.checkpoint.safe_load import CONFIG_FILE, check_fp8_state, read_common, read_table_of_contents
+from nemotron_train.checkpoint.safe_load import (
+    CONFIG_FILE,
+    check_fp8_state,
+    damage_in,
+    read_common,
+    read_table_of_contents,
+)
 from nemotron_train.checkpoint.torch_dist import (
     PlannedFiles,
     WrittenFiles,
@@ -38,8 +43,6 @@ from nemotron_train.engine.optimizer import allocate_state
 from nemotron_train.engine.wrap import weights_complete
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress, Runtime
-
-logger = logging.getLogger(__name__)
 
 # torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
 _LOAD_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException, ValueError, KeyError)
@@ -134,9 +137,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     try:
         loaded = read_files(state, folder, commit, common, table)
     except _LOAD_ERRORS as error:
-        if damages := _damages(error):
-            raise DamagedCheckpoint("; ".join(damages)) from error
-        raise CheckpointError(f"Cannot load {folder}: {error}") from error
+        raise damage_in(error) or CheckpointError(f"Cannot load {folder}: {error}") from error
     on_all_ranks(lambda: _check_fp8_states(loaded))
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
@@ -158,13 +159,6 @@ def _check_fp8_states(loaded: dict[str, Any]) -> None:
                     check_fp8_state(name, value)
 
 
-def _damages(error: BaseException) -> list[str]:
-    """The damage that ranks found while they read; torch gathers what went wrong on each."""
-    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-    found = [failure[0] if isinstance(failure, tuple) else failure for failure in failures]
-    return list(dict.fromkeys(str(failure) for failure in found if isinstance(failure, DamagedCheckpoint)))
-
-
 def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     """The state of a run as Megatron-Core shards it: one entry per model chunk, and the optimizer."""
     if is_loading:
@@ -176,7 +170,13 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     model_state = {
         f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()
     }
-    state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    # Megatron-Core collects garbage, by hand, in here: a walk over all of Python's objects, which took most of the time
+    # that a save holds training up. Frozen, they are not walked.
+    gc.freeze()
+    try:
+        state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    finally:
+        gc.unfreeze()
     return state
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.safe_load import CheckedReader
+from nemotron_train.checkpoint.safe_load import CheckedReader, damage_in
 from nemotron_train.model.names import PART_NAMES, rule_for
 
 
@@ -28,7 +29,10 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is the intent
-        load(stored, storage_reader=reader, no_dist=True)
+        try:
+            load(stored, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise damage_in(error) or error from error
     weights: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         name = _packed_name(key)

@@ -100,13 +100,8 @@ def check_same_on_all_ranks(fingerprint: str) -> None:
         )
 
 
-def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on any rank; every rank gets the same answer."""
-    return any_rank_each([value], device)[0]
-
-
 def any_rank_each(values: Sequence[bool], device: torch.device) -> list[bool]:
-    """`any_rank` for several values in one reduction."""
+    """Whether each of the values is true on any rank; every rank gets the same answers."""
     flags = torch.tensor([int(value) for value in values], device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]

@@ -75,7 +75,8 @@ def test_the_layout_may_change(ranks: RankPool, corpus: Path, tmp_path: Path, st
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     """Fails if raising train_tokens changes a step that was taken before the learning rate began to decay."""
     short = small_config(corpus, tmp_path / "short", steps=8)
-    long = small_config(corpus, tmp_path / "short", steps=STEPS)
+    longer = {"allow_change": ["train.train_tokens"]}  # it moves the decay
+    long = small_config(corpus, tmp_path / "short", steps=STEPS, checkpoint=longer)
     whole = small_config(corpus, tmp_path / "whole", steps=STEPS)
     ranks.run(train, 2, short)
     ranks.run(train, 2, long)
@@ -123,12 +124,14 @@ def changed(config: RunConfig, corpus: Path) -> dict[str, RunConfig]:
     data = replace(config.data, phases=[replace(config.data.phases[0], weights=config.data.phases[1].weights)])
     return {
         "run.seed": replace(config, run=replace(config.run, seed=6)),
-        "a phase that has already begun": replace(config, data=data),
+        "data.phases\\[0\\].weights\\[a\\].weight: 0.7 then, 0.2 now": replace(config, data=data),
         "model.mamba_state_dim": replace(config, model=replace(config.model, mamba_state_dim=16)),
     }
 
 
-@pytest.mark.parametrize("what", ["run.seed", "a phase that has already begun", "model.mamba_state_dim"])
+@pytest.mark.parametrize(
+    "what", ["run.seed", "data.phases\\[0\\].weights\\[a\\].weight: 0.7 then, 0.2 now", "model.mamba_state_dim"]
+)
 def test_another_past_or_model_is_refused(ranks: RankPool, corpus: Path, tmp_path: Path, what: str) -> None:
     """Fails if a run goes on, without a word, on other data or another model than its checkpoint's."""
     config = small_config(corpus, tmp_path, steps=STEPS)
