@@ -1,5 +1,5 @@
-"""What does a checkpoint cost? Stall of training for a save beside training and for one that training waits for, and the
-time hashing takes beside the writing: `python -m benchmarks.checkpoint`, on the quickstart's model, one rank.
+"""What does a checkpoint cost? `python -m benchmarks.checkpoint`, on the quickstart's model, one rank: how long
+training stands still for a save beside it and for one that it waits for, and the time hashing takes of writing.
 
 The model is built, takes one step's worth of state (moments are allocated) and is saved several times each way.
 Medians are shown. No data is needed.

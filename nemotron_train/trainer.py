@@ -42,6 +42,7 @@ from nemotron_train.evaluate import evaluate
 from nemotron_train.loss import MeanLoss
 from nemotron_train.model.build import build_model_chunks
 from nemotron_train.observe.jsonl_writer import read_records
+from nemotron_train.observe.metrics import Record
 from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
@@ -176,9 +177,7 @@ class Trainer:
             )
             at_end = progress.step == last_step
             if progress.step % self.config.log.every_steps == 0 or at_end or stopped:
-                writers.write(self.step_record(before, progress, result, speed))
-                if self.ledger is not None:
-                    self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
+                self.log_step(writers, before, progress, self.step_record(before, progress, result, speed))
             if at_end or stopped:
                 saver.save_last(progress)
             else:
@@ -193,6 +192,15 @@ class Trainer:
                 )
                 return False
         return True
+
+    def log_step(self, writers: Writers, before: Progress, progress: Progress, record: Record) -> None:
+        """Write what a step did; a disk that is full or gone for a while is no reason to stop training."""
+        try:
+            writers.write(record)
+            if self.ledger is not None:
+                self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
+        except OSError as error:
+            logger.error("Cannot log step %d: %s", progress.step, error)
 
     def evaluate_and_draw(self, progress: Progress, writers: Writers) -> None:
         """Measure the held-out loss, if there are held-out shards, and redraw the run's picture."""

@@ -19,6 +19,7 @@ from nemotron_train.checkpoint.commit import (
     read_commit,
     start_folder,
 )
+from nemotron_train.checkpoint.optimizer_shards import write_own_shards
 from nemotron_train.checkpoint.resume import checkpoints_folder
 from nemotron_train.checkpoint.resume_gate import model_facts
 from nemotron_train.checkpoint.safe_load import (
@@ -161,8 +162,8 @@ def _check_fp8_states(loaded: dict[str, Any]) -> None:
 
 def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     """The state of a run as Megatron-Core shards it: one entry per model chunk, and the optimizer."""
-    if is_loading:
-        allocate_state(run.optimizer)
+    allocate_state(run.optimizer)
+    write_own_shards(run.optimizer)
     metadata = {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
     state: dict[str, Any] = {
         f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)

@@ -140,7 +140,7 @@ def test_a_section_allows_its_keys_and_no_others(named: str) -> None:
     config, commit = config_of_test(), commit_of(config_of_test())
     allow = {"allow_change": [named]}
     check_configuration(commit, config_of_test(lr={"peak": 1e-3}, checkpoint=allow), is_new_run=False)
-    with pytest.raises(CheckpointError, match="optim.weight_decay"):
+    with pytest.raises(CheckpointError, match=r"optim\.weight_decay"):
         check_configuration(
             commit, config_of_test(lr={"peak": 1e-3}, optim={"weight_decay": 0.2}, checkpoint=allow), is_new_run=False
         )
@@ -199,5 +199,5 @@ def test_a_key_that_the_checkpoint_did_not_know_had_its_default() -> None:
     commit = commit_of(config)
     del commit.config["optim"]["moments"]
     check_configuration(commit, config, is_new_run=False)
-    with pytest.raises(CheckpointError, match='optim.moments: "fp32" then, "bf16" now'):
+    with pytest.raises(CheckpointError, match=r'optim\.moments: "fp32" then, "bf16" now'):
         check_configuration(commit, mutated(config, ["optim", "moments"], "bf16"), is_new_run=False)
