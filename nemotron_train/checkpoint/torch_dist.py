@@ -141,9 +141,9 @@ def _write_one(path: Path, items: Iterable[tuple[WriteItem, Any]]) -> tuple[Stor
                 torch.save(data, stream)
             length = stream.tell() - start
             places.append(WriteResult(item.index, length, _StorageInfo(path.name, start, length)))
-    except BaseException:
+    except BaseException as error:
         stream.abandon()
-        raise
+        raise stream.failure or error from None
     return stream.close(), places
 
 

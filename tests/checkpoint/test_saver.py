@@ -90,6 +90,7 @@ def save_through_failures(config: RunConfig, failures: list[str]) -> list[str]:
     run_dir, wrong = Path(config.run.dir), []
     checkpoints = run_dir / "checkpoints"
     saver_module.FIRST_PAUSE_SECONDS = 1e6  # no retry in between
+    run_dir.mkdir(exist_ok=True)
     with live_run(config) as run:
         data, events = open_run_data(config), []
         saver, step = saver_of(run, data, events), 1
@@ -97,6 +98,7 @@ def save_through_failures(config: RunConfig, failures: list[str]) -> list[str]:
         step = finish_writing(run, saver, step)
         for name in failures:
             before = {path.name for path in checkpoints.iterdir()}
+            dist.barrier()
             with FAILURES[name](run_dir):
                 events.clear()
                 step += 1
@@ -107,7 +109,7 @@ def save_through_failures(config: RunConfig, failures: list[str]) -> list[str]:
                     wrong.append(f"{name}: {events}")
             if {path.name for path in checkpoints.iterdir()} != before:
                 wrong.append(f"{name}: left {[path.name for path in checkpoints.iterdir()]}")
-            from_rank_zero(lambda: None)
+            dist.barrier()
             step += 1
             due = step
             take_step(run, saver, step, is_due=True)
