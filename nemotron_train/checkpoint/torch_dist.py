@@ -103,9 +103,15 @@ def _on_host(data: Any) -> Any:
     return tensor.clone() if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize else tensor
 
 
-def plan_files(state: dict[str, Any], content_metadata: dict[str, Any], folder: Path) -> PlannedFiles:
-    """Decide, all ranks together, who writes what of a Megatron-Core sharded state."""
-    sharded, common = save_preprocess({**state, "content_metadata": content_metadata})
+def plan_files(
+    state: dict[str, Any], content_metadata: dict[str, Any], folder: Path, *, is_first: bool
+) -> PlannedFiles:
+    """Decide, all ranks together, who writes what of a Megatron-Core sharded state.
+
+    Args:
+        is_first: of this process; then Megatron-Core compares all ranks' shards, which are the same in every save.
+    """
+    sharded, common = save_preprocess({**state, "content_metadata": content_metadata}, is_first)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     writer = _PlanOnlyWriter(str(folder), thread_count=FILES_PER_RANK)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)

@@ -76,12 +76,10 @@ def take_step(run: Runtime, saver: Saver, step: int, *, is_due: bool) -> None:
 
 
 def finish_writing(run: Runtime, saver: Saver, step: int) -> int:
-    """Take steps until nobody writes; returns the last."""
-    while any_rank_each(saver.signals(), run.platform.device)[0]:
+    """Take steps until no save is under way; returns the last."""
+    while saver._beside:
         step += 1
         take_step(run, saver, step, is_due=False)
-    step += 1
-    take_step(run, saver, step, is_due=False)
     return step
 
 
@@ -164,8 +162,7 @@ def retry_and_kill_writers(config: RunConfig) -> list[str]:
         saver = saver_of(run, data, events)
         fill(run, 1)
         saver.after_step(progress_at(1), is_busy=False, is_due=True)
-        assert saver._writing is not None
-        os.kill(saver._writing[1].pid, signal.SIGKILL)
+        os.kill(saver._beside.writer.pid, signal.SIGKILL)
         step = finish_writing(run, saver, 1)
         while not any(event.startswith("Saved") for event in events):
             step += 1
