@@ -52,7 +52,7 @@ def measure(run: Runtime, repetitions: int) -> dict[str, list[float]]:
         while writer.is_writing:
             time.sleep(0.001)
         done = time.perf_counter()
-        everyone = gather_written(writer.result())
+        everyone = gather_written(writer.result(60))
         gathered = time.perf_counter()
         commit_save(started, everyone)
         for name, value in zip(

@@ -134,7 +134,7 @@ class Saver:
     def _next_stage(self, save: _SaveBeside) -> None:
         """From written to being committed, or from committed to done; waits for this rank's part if it must."""
         if save.writer is not None:
-            everyone = gather_written(save.writer.result())
+            everyone = gather_written(save.writer.result(self._run.plan.config.parallel.timeout_seconds / 2))
             save.writer = None
             if dist.get_rank() == 0:
                 save.commit = self._committer.submit(partial(commit_save, save.started, everyone))

@@ -94,13 +94,8 @@ class _PlanOnlyWriter(FileSystemWriterAsync):
 
 
 def _on_host(data: Any) -> Any:
-    """Take a tensor off the device; a view on the host is copied, or all that it is a view of would be written."""
-    if not isinstance(data, torch.Tensor):
-        return data
-    tensor = data.detach()
-    if tensor.device.type != "cpu":
-        return tensor.to("cpu", non_blocking=True)
-    return tensor.clone() if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize else tensor
+    """Take a tensor off the device."""
+    return data.detach().to("cpu", non_blocking=True) if isinstance(data, torch.Tensor) else data
 
 
 def plan_files(
@@ -144,13 +139,19 @@ def _write_one(path: Path, items: Iterable[tuple[WriteItem, Any]]) -> tuple[Stor
             if item.type is WriteItemType.BYTE_IO:
                 stream.write(data.getbuffer())
             else:
-                torch.save(data, stream)
+                torch.save(_alone(data), stream)
             length = stream.tell() - start
             places.append(WriteResult(item.index, length, _StorageInfo(path.name, start, length)))
     except BaseException as error:
         stream.abandon()
         raise stream.failure or error from None
     return stream.close(), places
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a view: torch would write all of what it is a view of."""
+    is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
+    return tensor.clone() if is_view else tensor
 
 
 def _write_pickled(path: Path, value: Any) -> StoredFile:
