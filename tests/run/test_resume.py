@@ -88,7 +88,7 @@ def test_training_draws_no_random_number(ranks: RankPool, corpus: Path, tmp_path
     every rank."""
     layout = {"tensor_parallel_size": 2, "sequence_parallel": True}
     train_keys = {"eval_every_steps": 2, "recompute": Recompute.full}
-    config = small_config(corpus, tmp_path, steps=4, parallel=layout, checkpoint={"every_steps": 2})
+    config = small_config(corpus, tmp_path, steps=7, parallel=layout, checkpoint={"every_steps": 2})
     config = replace(config, train=replace(config.train, **train_keys))
     assert ranks.run(random_states_around_training, 2, config) == [[True, True, True]] * 2
 
