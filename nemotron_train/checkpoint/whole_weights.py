@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron_train.checkpoint.commit import read_commit
+from nemotron_train.checkpoint.safe_load import CheckedReader, damage_in
 from nemotron_train.model.names import PART_NAMES, rule_for
 
 
@@ -16,10 +18,10 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
     """Return every parameter by name, packed ones as the mixer holds them on one rank.
 
     Raises:
-        CheckpointError: the folder is no complete checkpoint.
+        CheckpointError: the folder is no complete checkpoint, or damaged.
     """
-    read_commit(folder)
-    reader = FileSystemReader(folder)
+    commit = read_commit(folder)
+    reader = CheckedReader(folder, commit)
     stored = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in reader.read_metadata().state_dict_metadata.items()
@@ -27,7 +29,10 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is the intent
-        load(stored, storage_reader=reader, no_dist=True)
+        try:
+            load(stored, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise damage_in(error) or error from error
     weights: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         name = _packed_name(key)

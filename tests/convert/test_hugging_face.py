@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHConfig, NemotronHForCausalLM
 
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.resume import model_facts
+from nemotron_train.checkpoint.resume_gate import model_facts
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
 from nemotron_train.config.schema import ModelSection, PrecisionFormat, RunConfig
 from nemotron_train.convert.__main__ import TOLERANCE, main, parse_size, require
