@@ -60,12 +60,6 @@ def mamba_groups_divide_mamba_heads(config: RunConfig, world_size: int) -> Itera
         )
 
 
-def context_parallel_is_not_there_yet(config: RunConfig, world_size: int) -> Iterator[str]:
-    size = config.parallel.context_parallel_size
-    if size > 1:
-        yield f"parallel.context_parallel_size={size}: not supported by this version. Set it to 1."
-
-
 def ranks_hold_whole_replicas(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     ranks = ranks_per_replica(config.parallel)
@@ -137,7 +131,6 @@ MODEL_RULES: tuple[Rule, ...] = (
     pattern_is_readable_and_can_be_cut,
     query_groups_divide_attention_heads,
     mamba_groups_divide_mamba_heads,
-    context_parallel_is_not_there_yet,
     ranks_hold_whole_replicas,
     tensor_parallel_size_divides_the_model,
     tensor_parallel_size_divides_the_vocabulary,

@@ -8,7 +8,13 @@ from nemotron_train.platform.device import Platform
 
 
 def check_support(config: RunConfig, platform: Platform) -> None:
-    """Raise ConfigError for a precision or an optimizer state that needs libraries or a device that are not here."""
+    """Raise ConfigError for a precision or an optimizer state that needs libraries or a device that are not here, and
+    for a layout that can be planned but not trained yet."""
+    if config.parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.context_parallel_size={config.parallel.context_parallel_size}: this version cannot train with it. "
+            "Set it to 1."
+        )
     wanted = config.precision.format
     has_transformer_engine = platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None
     if wanted.is_fp8 and not has_transformer_engine:

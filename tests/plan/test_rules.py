@@ -66,12 +66,6 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         1,
         ["model.mamba_num_heads=10", "model.mamba_num_groups=4", "2 or 5"],
     ),
-    (
-        "context_parallel_is_not_there_yet",
-        ["parallel.context_parallel_size=2"],
-        2,
-        ["parallel.context_parallel_size=2", "not supported by this version"],
-    ),
     ("ranks_hold_whole_replicas", [TP2], 5, ["5 ranks", "parallel.tensor_parallel_size=2", "4 or 6"]),
     ("ranks_hold_whole_replicas", [TP2, PP2], 3, ["3 ranks", "take 4", "pipeline_parallel_size=2", "Start 4 ranks"]),
     (

@@ -29,3 +29,9 @@ def test_bf16_optimizer_state_without_transformer_engine_is_refused(key: str) ->
 def test_what_a_cpu_can_do_is_accepted(format: str) -> None:
     """Fails if a plain run is refused."""
     check_support(config_with(f"precision.format={format}"), CPU)
+
+
+def test_context_parallelism_can_be_planned_but_not_trained() -> None:
+    """Fails if a run starts whose ranks would each see the whole sample, or the key is not named."""
+    with pytest.raises(ConfigError, match=r"parallel\.context_parallel_size=2"):
+        check_support(config_with("parallel.context_parallel_size=2"), CPU)
