@@ -12,8 +12,8 @@ def check_support(config: RunConfig, platform: Platform) -> None:
     for a layout that can be planned but not trained yet."""
     if config.parallel.context_parallel_size > 1:
         raise ConfigError(
-            f"parallel.context_parallel_size={config.parallel.context_parallel_size}: this version cannot train with it. "
-            "Set it to 1."
+            f"parallel.context_parallel_size={config.parallel.context_parallel_size}: this version plans with it and "
+            "cannot train with it yet. Set it to 1."
         )
     wanted = config.precision.format
     has_transformer_engine = platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None

@@ -114,8 +114,12 @@ def test_the_long_context_blend_is_four_fifths_of_the_third_phase_and_one_fifth_
 
 @pytest.mark.parametrize(
     ("experiment", "first", "last"),
-    [("nemotron_nano_12b_v2", (0, 1), (60, 61)), ("nemotron_h_56b", (0, 1), (116, 117)), ("nemotron_h_47b", (0, 1), (96, 97))],
-)  # fmt: skip
+    [
+        ("nemotron_nano_12b_v2", (0, 1), (60, 61)),
+        ("nemotron_h_56b", (0, 1), (116, 117)),
+        ("nemotron_h_47b", (0, 1), (96, 97)),
+    ],
+)
 def test_four_products_at_each_end_stay_in_bf16(experiment: str, first: tuple[int, int], last: tuple[int, int]) -> None:
     """Fails if another product than the first and last four, and the output layer, is kept out of FP8."""
     kept = [gemm.name for gemm in planned(experiment).gemms if not gemm.in_fp8]
