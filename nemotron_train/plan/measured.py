@@ -39,13 +39,15 @@ NORM_AND_RESIDUAL_MS = 8 / 18
 # Embedding, final norm, output layer and loss: what our slice (2026-11-24) took beyond its layers and its pass over the
 # gradients, mean of 60.3 in bf16 (356.7 ms) and 55.6 in fp8_block (288.4 ms); the output layer is in bf16 in both.
 HEAD_MS = 58.0
-# AdamW with float32 moments and gradients, with norm and clipping, on the 4.494B parameters of that slice: its whole step
-# (403 ms, bf16) less forward and backward.
+# AdamW with float32 moments and gradients, with norm and clipping, on the 4.494B parameters of that slice: its whole
+# step (403 ms, bf16) less forward and backward.
 OPTIMIZER_SECONDS_PER_PARAMETER = 46.3e-3 / 4.494e9
-OPTIMIZER_BYTES_PER_PARAMETER = 42  # master and moments read and written, gradients read thrice, clipped; weights written
+OPTIMIZER_BYTES_PER_PARAMETER = (
+    42  # master and moments read and written, gradients read thrice, clipped; weights written
+)
 # Whole 12B on two GPUs at tensor-parallel size 2 without overlap (2026-11-22; 6,302, 6,994 and 7,385 tokens/s a GPU):
-# milliseconds a layer and micro-batch of 8,192 tokens beyond half a layer, its traffic, and the optimizer's step. Narrower
-# products, and quantising what every rank holds whole.
+# milliseconds a layer and micro-batch of 8,192 tokens beyond half a layer, its traffic, and the optimizer's step.
+# Narrower products, and quantising what every rank holds whole.
 TENSOR_PARALLEL_MS = {
     PrecisionFormat.bf16: 0.85,
     PrecisionFormat.fp8_block: 1.5,
@@ -66,8 +68,8 @@ class Gpu:
 
 
 H200 = Gpu("H200", 140.4, 4.8e12, 450e9, 50e9, "layer times measured; networks from data sheets")
-H100 = Gpu("H100", 79.6, 3.35e12, 450e9, 50e9, "times of H200, which has the same compute units; kernels bound by memory "
-           "slowed by the ratio of bandwidths (derived, nothing measured)")  # fmt: skip
+H100 = Gpu("H100", 79.6, 3.35e12, 450e9, 50e9, "times of H200, which has the same compute units, with kernels bound by "
+           "memory slowed by the ratio of bandwidths: derived, nothing measured")  # fmt: skip
 GPUS = {"h200": H200, "h100": H100}
 GPUS_PER_NODE = 8
 REACHED_FRACTION = 0.7  # of a bandwidth between GPUs, in large collectives; assumed

@@ -2,16 +2,16 @@
 
 Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s:
   18-layer slice of the 12B, one GPU, before AdamW has its moments: 59.6 GiB in bf16, 63.0 in fp8_block;
-  the whole 12B of Megatron-Core's own model at tensor-parallel size 2 with bf16 gradients and moments, where AdamW's step is
-  the fullest moment: 105 GiB in bf16, 115 in fp8_block and fp8_current.
+  the whole 12B of Megatron-Core's own model at tensor-parallel size 2 with bf16 gradients and moments, where AdamW's
+  step is the fullest moment: 105 GiB in bf16, 115 in fp8_block and fp8_current.
 Pipelines, context parallelism and recomputation have not been measured.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from nemotron_train.config.schema import ModelSection, PrecisionFormat, RunConfig, StateFormat
+from nemotron_train.config.schema import ModelSection, PrecisionFormat, StateFormat
 from nemotron_train.plan.activations import head_activations, layer_activations, weight_bytes
 from nemotron_train.plan.measured import OUTSIDE_TORCH_GIB
 from nemotron_train.plan.pattern import LayerKind
@@ -82,7 +82,7 @@ def _rank_memory(plan: RunPlan, rank: int, seq_length: int, consumed_tokens: int
     low = StateFormat.bf16 in (config.optim.gradients, config.optim.moments)
     fp32 = config.precision.format is PrecisionFormat.fp32
     moments = 2 * (2 if config.optim.moments is StateFormat.bf16 else 4)
-    in_flight = chunks_in_flight(plan, rank, plan.batches.num_micro_batches_at(consumed_tokens))
+    micro_batches = plan.batches.num_micro_batches_at(consumed_tokens)
     return RankMemory(
         weights=parameters * dense,
         gradients=parameters * (2 if config.optim.gradients is StateFormat.bf16 else 4),
@@ -91,7 +91,7 @@ def _rank_memory(plan: RunPlan, rank: int, seq_length: int, consumed_tokens: int
         moments=parameters * moments // shards,
         fp8_weights=FP8_COPIES_BYTES * _fp8_weights(plan, rank),
         gradient_stand_ins=0 if fp32 else dense * _distinct_weights(plan, rank),
-        activations=_activations(plan, rank, seq_length, in_flight),
+        activations=_activations(plan, rank, seq_length, micro_batches),
         working=_working(plan, rank, seq_length),
         # Its step holds both moments in float32 at once where they are stored in less.
         optimizer_working=parameters * 8 // shards if config.optim.moments is StateFormat.bf16 else 0,
@@ -122,18 +122,24 @@ def _layer_parameters(kind: LayerKind, share: ModelSection) -> int:
     return count[kind](share)
 
 
-def chunks_in_flight(plan: RunPlan, rank: int, micro_batches: int) -> Counter[int]:
-    """Return how many micro-batches each virtual stage of a rank holds at most at once.
+def most_in_flight(kept: Sequence[int], pp_size: int, rank: int, micro_batches: int) -> int:
+    """Return the most that a rank keeps at once of its model chunks' activations.
 
-    One forward, one backward: a rank runs ahead by the ranks after it. Interleaved: twice that, and all but the last of
-    its virtual stages for a whole round of micro-batches (Megatron-Core's schedules).
+    Args:
+        kept: of one micro-batch, by virtual stage.
+
+    Its schedule is Megatron-Core's: one forward, one backward, after as many forward passes as there are ranks behind;
+    interleaved, twice those, and all virtual stages but the last for one round of `pp_size` micro-batches.
     """
-    pp_size, vpp_size = plan.layout.pipeline, plan.layout.virtual_pipeline
-    after = pp_size - rank - 1
-    if vpp_size == 1:
-        return Counter({0: min(after + 1, micro_batches)})
-    ahead = min(2 * after + (vpp_size - 1) * pp_size + 1, micro_batches * vpp_size)
-    return Counter(forward // pp_size % vpp_size for forward in range(ahead))
+    vpp_size, behind = len(kept), pp_size - rank - 1
+    ahead = behind if vpp_size == 1 else 2 * behind + (vpp_size - 1) * pp_size
+    held = most = 0
+    for turn in range(min(micro_batches, 4 * pp_size) * vpp_size):  # later rounds repeat the earlier ones
+        held += kept[turn // pp_size % vpp_size]
+        most = max(most, held)
+        if turn >= ahead:
+            held -= kept[vpp_size - 1 - (turn - ahead) // pp_size % vpp_size]
+    return most
 
 
 def _count_kinds(plan: RunPlan, chunk: range) -> Counter[tuple[LayerKind, bool]]:
@@ -141,14 +147,14 @@ def _count_kinds(plan: RunPlan, chunk: range) -> Counter[tuple[LayerKind, bool]]
     return Counter((plan.layers[layer], layer in plan.fp8_layers) for layer in chunk)
 
 
-def _activations(plan: RunPlan, rank: int, seq_length: int, in_flight: Counter[int]) -> int:
-    total = 0
-    for virtual_stage, chunk in enumerate(plan.chunks_of(rank)):
-        kinds = _count_kinds(plan, chunk)
-        kept = sum(count * layer_activations(*kind, plan.config, seq_length).kept for kind, count in kinds.items())
-        total += in_flight[virtual_stage] * kept
-    last = rank == plan.layout.pipeline - 1
-    return total + (head_activations(plan.config, seq_length).kept if last else 0)
+def _activations(plan: RunPlan, rank: int, seq_length: int, micro_batches: int) -> int:
+    kept = []
+    for chunk in plan.chunks_of(rank):
+        kinds = _count_kinds(plan, chunk).items()
+        kept.append(sum(count * layer_activations(*kind, plan.config, seq_length).kept for kind, count in kinds))
+    if rank == plan.layout.pipeline - 1:
+        kept[-1] += head_activations(plan.config, seq_length).kept
+    return most_in_flight(kept, plan.layout.pipeline, rank, micro_batches)
 
 
 def _working(plan: RunPlan, rank: int, seq_length: int) -> int:

@@ -1,10 +1,11 @@
 """How long does a step take, and the run? Layers, pipeline bubble, traffic and optimizer, added up.
 
-What it rests on: times of single layers, of our 18-layer slice on one H200 and of the whole 12B on two at tensor-parallel
-size 2 (`measured.py`); at those points it gives what was measured within 5 %. Beyond eight GPUs, pipelines, context
-parallelism, other models and other cards nothing has been measured: there it is arithmetic.
+What it rests on: times of single layers, of our 18-layer slice on one H200 and of the whole 12B on two at
+tensor-parallel size 2 (`measured.py`); at those points it gives what was measured within 5 %. More GPUs, pipelines,
+context parallelism, other models and other cards have not been measured: there it is arithmetic.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemotron_train.config.schema import PrecisionFormat
@@ -18,7 +19,7 @@ from nemotron_train.plan.measured import (
 )
 from nemotron_train.plan.memory import rank_parameters
 from nemotron_train.plan.pattern import LayerKind
-from nemotron_train.plan.pipeline_cut import StageCosts, rank_costs
+from nemotron_train.plan.pipeline_cut import StageCosts, chunk_costs
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.plan.traffic import (
     context_parallel_seconds,
@@ -90,35 +91,45 @@ def step_time(plan: RunPlan, segment: BatchSegment, gpu: Gpu) -> StepTime:
     """Add up a step of `segment`."""
     config, layout, length = plan.config, plan.layout, segment.seq_length
     micro_batches = segment.global_batch_size // (plan.batches.micro_batch_size * layout.data)
-    compute = rank_costs(plan.chunks, stage_costs(config, plan.pattern, length, gpu), layout.pipeline)
-    traffic = rank_costs(plan.chunks, _layer_traffic(plan, length, gpu), layout.pipeline)
-    per_rank = [a + b for a, b in zip(compute, traffic, strict=True)]
-    slowest = max(range(layout.pipeline), key=per_rank.__getitem__)
+    compute = chunk_costs(plan.chunks, stage_costs(config, plan.pattern, length, gpu))
+    traffic = chunk_costs(plan.chunks, _layer_traffic(plan, length, gpu))
+    chunks = [a + b for a, b in zip(compute, traffic, strict=True)]
+    slowest = slowest_rank(chunks, layout.pipeline, micro_batches)
+    its_chunks = slice(slowest, None, layout.pipeline)
     parameters = max(rank_parameters(plan, rank) for rank in range(layout.pipeline))
     # Each boundary that a micro-batch passes, there and back; interleaved schedules overlap it.
     sends = micro_batches + layout.pipeline - 1 if layout.virtual_pipeline == 1 else layout.num_model_chunks - 1
     return StepTime(
-        layers=micro_batches * compute[slowest],
-        tensor_and_context=micro_batches * traffic[slowest],
-        bubble=bubble_seconds(per_rank, layout.virtual_pipeline),
+        layers=micro_batches * sum(compute[its_chunks]),
+        tensor_and_context=micro_batches * sum(traffic[its_chunks]),
+        bubble=bubble_seconds(chunks, layout.pipeline, slowest),
         pipeline_traffic=sends * pipeline_seconds(config, layout, length, gpu),
-        data_traffic=_exposed_data_traffic(plan, parameters, per_rank[slowest], gpu),
+        data_traffic=_exposed_data_traffic(plan, parameters, sum(chunks[its_chunks]), gpu),
         optimizer=_optimizer_seconds(plan, parameters, gpu),
     )
 
 
-def bubble_seconds(per_rank: list[float], vpp_size: int) -> float:
-    """Return how long the slowest rank waits: for one micro-batch to pass all others, or 1 / vpp_size of that where it
-    comes in so many pieces."""
-    return (sum(per_rank) - max(per_rank)) / vpp_size
+def slowest_rank(chunks: Sequence[float], pp_size: int, micro_batches: int) -> int:
+    """Return the rank whose work and waiting take longest."""
+    return max(
+        range(pp_size),
+        key=lambda rank: micro_batches * sum(chunks[rank::pp_size]) + bubble_seconds(chunks, pp_size, rank),
+    )
+
+
+def bubble_seconds(chunks: Sequence[float], pp_size: int, rank: int) -> float:
+    """Return how long a rank waits while the pipeline fills, turns and drains.
+
+    For the ranks before it, to pass on a micro-batch in their first virtual stage and to take its gradient at the very
+    end; for those behind it, to take one through their last virtual stage and back.
+    """
+    return sum(chunks[:rank]) + sum(chunks[len(chunks) - pp_size + rank + 1 :])
 
 
 def _layer_traffic(plan: RunPlan, seq_length: int, gpu: Gpu) -> StageCosts:
     config, layout = plan.config, plan.layout
     tensor = tensor_parallel_seconds(config, layout, seq_length, gpu)
-    by_kind = {
-        kind: tensor + context_parallel_seconds(kind, config, layout, seq_length, gpu) for kind in LayerKind
-    }
+    by_kind = {kind: tensor + context_parallel_seconds(kind, config, layout, seq_length, gpu) for kind in LayerKind}
     return StageCosts(layers=tuple(by_kind[kind] for kind in plan.layers), first=0.0, last=0.0)
 
 

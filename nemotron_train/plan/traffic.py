@@ -1,6 +1,6 @@
 """How long do ranks talk to each other? Bytes of each kind of collective over the bandwidth between its ranks.
 
-Bandwidths are data-sheet figures times the fraction that large collectives reach (`measured.py`): assumed, not measured.
+Bandwidths are those of data sheets times the fraction that large collectives reach (`measured.py`): assumed.
 """
 
 from nemotron_train.config.schema import RunConfig, StateFormat
@@ -10,9 +10,9 @@ from nemotron_train.plan.measured import GPUS_PER_NODE, REACHED_FRACTION, Gpu
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.rank_share import share_of_rank, tokens_on_rank
 
-# Of a layer's input in sequence-parallel form: gathered forward and again for the weight gradient, its output scattered,
-# and the gradients of both the other way. Without sequence parallelism an all-reduce forward and one backward is as much as
-# four of them.
+# With sequence parallelism a layer's input is gathered forward and again for the weight gradient, its output scattered,
+# and the gradients of both go the other way. Without it, an all-reduce forward and one backward are as much as four of
+# these.
 SEQUENCE_PARALLEL_COLLECTIVES, ALL_REDUCE_COLLECTIVES = 5, 4
 
 
@@ -26,9 +26,7 @@ def tensor_parallel_seconds(config: RunConfig, layout: Layout, seq_length: int, 
     return collectives * _ring(whole, layout.tensor) / _bandwidth(layout.tensor, 1, gpu)
 
 
-def context_parallel_seconds(
-    kind: LayerKind, config: RunConfig, layout: Layout, seq_length: int, gpu: Gpu
-) -> float:
+def context_parallel_seconds(kind: LayerKind, config: RunConfig, layout: Layout, seq_length: int, gpu: Gpu) -> float:
     """Return the traffic of one layer and micro-batch: a Mamba mixer trades tokens for heads and back, attention passes
     keys and values around; both go the other way in the backward pass."""
     size = layout.context
