@@ -10,18 +10,27 @@ Pipelines, context parallelism and recomputation have not been measured.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from nemotron_train.config.schema import ModelSection, PrecisionFormat, StateFormat
 from nemotron_train.plan.activations import head_activations, layer_activations, weight_bytes
 from nemotron_train.plan.measured import OUTSIDE_TORCH_GIB
 from nemotron_train.plan.pattern import LayerKind
-from nemotron_train.plan.precision_map import list_gemms
+from nemotron_train.plan.precision_map import Gemm
 from nemotron_train.plan.rank_share import share_of_rank
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.plan.sizes import attention_parameters, mamba_parameters, mlp_parameters
 
 GIB = 2**30
 FP8_COPIES_BYTES = 2  # a weight is kept by rows and by columns
+
+
+class _Weight(NamedTuple):
+    """A linear layer's weight on one rank."""
+
+    inputs: int
+    outputs: int
+    in_fp8: bool
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,12 @@ class RankMemory:
 def plan_memory(plan: RunPlan) -> list[RankMemory]:
     """Count every pipeline rank at the longest samples of the run."""
     longest = max(plan.batches.segments, key=lambda segment: segment.seq_length)
-    return [_rank_memory(plan, rank, longest.seq_length, longest.start_tokens) for rank in range(plan.layout.pipeline)]
+    micro_batches = plan.batches.num_micro_batches_at(longest.start_tokens)
+    gemms = plan.gemms
+    return [
+        _rank_memory(plan, rank, _gemms_of(plan, rank, gemms), longest.seq_length, micro_batches)
+        for rank in range(plan.layout.pipeline)
+    ]
 
 
 def memory_gib_per_gpu(ranks: Iterable[RankMemory]) -> float:
@@ -74,23 +88,23 @@ def needed_gib(ranks: Iterable[RankMemory]) -> float:
     return memory_gib_per_gpu(ranks) + OUTSIDE_TORCH_GIB
 
 
-def _rank_memory(plan: RunPlan, rank: int, seq_length: int, consumed_tokens: int) -> RankMemory:
+def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length: int, micro_batches: int) -> RankMemory:
     config, layout = plan.config, plan.layout
     parameters = rank_parameters(plan, rank)
     shards = layout.data * layout.context  # the optimizer is split over both
     dense = weight_bytes(config.precision.format)
     low = StateFormat.bf16 in (config.optim.gradients, config.optim.moments)
     fp32 = config.precision.format is PrecisionFormat.fp32
+    shapes = {(weight.inputs, weight.outputs) for weight in gemms}
     moments = 2 * (2 if config.optim.moments is StateFormat.bf16 else 4)
-    micro_batches = plan.batches.num_micro_batches_at(consumed_tokens)
     return RankMemory(
         weights=parameters * dense,
         gradients=parameters * (2 if config.optim.gradients is StateFormat.bf16 else 4),
         # Float32 weights are their own masters; AdamW for low-precision states keeps only the 16 bits that bf16 lacks.
         master_weights=0 if fp32 else parameters * (2 if low else 4) // shards,
         moments=parameters * moments // shards,
-        fp8_weights=FP8_COPIES_BYTES * _fp8_weights(plan, rank),
-        gradient_stand_ins=0 if fp32 else dense * _distinct_weights(plan, rank),
+        fp8_weights=FP8_COPIES_BYTES * sum(weight.inputs * weight.outputs for weight in gemms if weight.in_fp8),
+        gradient_stand_ins=0 if fp32 else dense * sum(inputs * outputs for inputs, outputs in shapes),
         activations=_activations(plan, rank, seq_length, micro_batches),
         working=_working(plan, rank, seq_length),
         # Its step holds both moments in float32 at once where they are stored in less.
@@ -171,20 +185,10 @@ def _working(plan: RunPlan, rank: int, seq_length: int) -> int:
     return max(needs)
 
 
-def _fp8_weights(plan: RunPlan, rank: int) -> int:
-    return sum(inputs * outputs for inputs, outputs, in_fp8 in _gemms_of(plan, rank) if in_fp8)
-
-
-def _distinct_weights(plan: RunPlan, rank: int) -> int:
-    return sum(inputs * outputs for inputs, outputs in {gemm[:2] for gemm in _gemms_of(plan, rank)})
-
-
-def _gemms_of(plan: RunPlan, rank: int) -> list[tuple[int, int, bool]]:
-    """Return inputs, outputs and whether in FP8 of the rank's linear layers."""
-    here = {f"decoder.layers.{layer}." for chunk in plan.chunks_of(rank) for layer in chunk}
-    last = rank == plan.layout.pipeline - 1
-    return [
-        (*gemm.on_rank(plan.layout.tensor), gemm.in_fp8)
-        for gemm in list_gemms(plan.config, plan.pattern)
-        if gemm.name.rsplit(".", 2)[0] + "." in here or (last and gemm.name == "output_layer")
-    ]
+def _gemms_of(plan: RunPlan, rank: int, gemms: Sequence[Gemm]) -> list[_Weight]:
+    """Return the weights of a rank's linear layers."""
+    here = {f"decoder.layers.{layer}" for chunk in plan.chunks_of(rank) for layer in chunk}
+    if rank == plan.layout.pipeline - 1:
+        here.add("output_layer")
+    tp_size = plan.layout.tensor
+    return [_Weight(*gemm.on_rank(tp_size), gemm.in_fp8) for gemm in gemms if gemm.name.rsplit(".", 2)[0] in here]

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.batching import plan_batches
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.measured import GPUS_PER_NODE, Gpu
 from nemotron_train.plan.memory import memory_gib_per_gpu, needed_gib, plan_memory
@@ -75,13 +76,18 @@ def search_layouts(config: RunConfig, world_size: int, gpu: Gpu) -> Found:
         raise ConfigError(f"precision.format={config.precision.format.value} has no measured times to rank layouts by.")
     candidates: list[Candidate] = []
     refused: Counter[str] = Counter()
+    last: RunPlan | None = None
     for trial in _layouts(config):
-        problem = _refusal(trial, world_size)
+        problem = refusal(trial, world_size)
         if problem is not None:
             refused[problem] += 1
             continue
-        plan = plan_run(trial, world_size)
-        candidates += _candidates(plan, gpu, refused)
+        if last is None or last.config.parallel != trial.parallel:
+            last = plan_run(trial, world_size)
+        else:  # another micro-batch: every layer takes longer alike, so the pipeline is cut as it was
+            batches = plan_batches(trial.train, trial.data.phases, last.layout.data)
+            last = replace(last, config=trial, batches=batches)
+        candidates += _candidates(last, gpu, refused)
     candidates.sort(key=lambda candidate: candidate.tokens_per_second_per_gpu, reverse=True)
     return Found(
         world_size, gpu, tuple(candidates), tuple(refused.most_common()), tuple(batch_advice(config, world_size))
@@ -108,7 +114,7 @@ def _layouts(config: RunConfig) -> Iterator[RunConfig]:
         yield replace(config, parallel=parallel, model=model, train=train)
 
 
-def _refusal(config: RunConfig, world_size: int) -> str | None:
+def refusal(config: RunConfig, world_size: int) -> str | None:
     """Return why a layout cannot be, in one line, or None."""
     parallel, train = config.parallel, config.train
     tensor = parallel.tensor_parallel_size
@@ -133,7 +139,7 @@ def _refusal(config: RunConfig, world_size: int) -> str | None:
         check_rules(config, world_size)
     except ConfigError as error:
         problem = str(error).splitlines()[-1].removeprefix("- ")
-        return re.sub(r"\d[\d,]*", "N", problem)  # one reason, whatever its numbers
+        return re.sub(r"(?<![\w,])\d[\d,]*(?!\w)", "N", problem)  # one reason, whatever its numbers
     return None
 
 
