@@ -58,6 +58,7 @@ INNER_IMPORTS: dict[tuple[str, str], str] = {
     ("engine/layer_parts.py", "nemotron_train.engine.te_layers"): "needs Transformer Engine",
     ("ops/implementations.py", "nemotron_train.ops.mamba_ssm_core"): "needs mamba-ssm",
     ("ops/implementations.py", "nemotron_train.ops.triton_core"): "needs causal-conv1d",
+    ("plan/__main__.py", "nemotron_train.plan.picture"): "only one answer is a picture, and matplotlib loads slowly",
     ("data_tools/encoders.py", "gigatoken"): "optional, and slow to import",
     ("data_tools/executors.py", "ray"): "optional",
     ("ops/implementations.py", "nemotron_train.ops.te_elementwise"): "needs Transformer Engine",

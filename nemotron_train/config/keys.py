@@ -18,6 +18,7 @@ from omegaconf import MISSING
 from nemotron_train.config.schema import RunConfig
 
 COMMENTED_FIELD = re.compile(r"^ {4}(\w+): .*?(?:  # (.*))?$")
+COMMENTED_CHOICE = re.compile(r"^ {4}(\w+) = .*?  # (.*)$")
 PLAIN_TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
@@ -40,7 +41,8 @@ def describe_keys(section: Any = RunConfig, prefix: str = "") -> list[KeyInfo]:
         if dataclasses.is_dataclass(kind):
             found += describe_keys(kind, key + ".")
             continue
-        found.append(KeyInfo(key, type_text(kind), plain(field_default(field)), comments.get(field.name, "")))
+        comment = comments.get(field.name) or _kind_comment(kind)
+        found.append(KeyInfo(key, type_text(kind), plain(field_default(field)), comment))
         if element := list_element(kind):
             found += describe_keys(element, key + "[].") if dataclasses.is_dataclass(element) else []
     return found
@@ -101,6 +103,18 @@ def optional_kind(kind: Any) -> Any:
     if not isinstance(kind, types.UnionType):
         return None
     return next(argument for argument in get_args(kind) if argument is not type(None))
+
+
+def _kind_comment(kind: Any) -> str:
+    """Return what choices, or the elements of a list, say of themselves, for fields that leave it to them."""
+    documented = optional_kind(kind) or list_element(kind) or kind
+    if not getattr(documented, "__module__", "").startswith("nemotron_train."):
+        return ""
+    text = vars(documented).get("__doc__") or ""
+    parts = [] if text.startswith(documented.__name__ + "(") else [" ".join(text.split())]
+    lines = map(COMMENTED_CHOICE.match, inspect.getsource(documented).splitlines())
+    choices = [f"{match[1]}: {match[2]}" for match in lines if match] if issubclass(documented, Enum) else []
+    return " ".join(part for part in (*parts, "; ".join(choices)) if part)
 
 
 def _field_comments(section: type) -> dict[str, str]:

@@ -100,20 +100,20 @@ class ModelSection:
     """The hybrid stack. Names are Megatron-Core's. Numbers of the published models: see the recipes."""
 
     layer_pattern: str = MISSING  # one letter a layer: M Mamba-2, * attention, - MLP; `|` marks pipeline cuts by hand
-    hidden_size: int = MISSING
+    hidden_size: int = MISSING  # channels of the residual stream, what every layer reads and adds to
     ffn_hidden_size: int = MISSING  # inner width of the squared-ReLU MLP
-    num_attention_heads: int = MISSING
+    num_attention_heads: int = MISSING  # of an attention layer; their width together need not be hidden_size
     num_query_groups: int = MISSING  # key/value heads
-    attention_head_dim: int = MISSING
-    mamba_num_heads: int = MISSING
-    mamba_head_dim: int = MISSING
+    attention_head_dim: int = MISSING  # channels of an attention head, of queries, keys and values alike
+    mamba_num_heads: int = MISSING  # of a Mamba layer; times mamba_head_dim they are its inner width
+    mamba_head_dim: int = MISSING  # channels of a Mamba head that share one step size and one decay
     mamba_num_groups: int = MISSING  # groups that share B and C; also the groups of the gated norm
-    mamba_state_dim: int = MISSING
-    mamba_conv_kernel: int = 4
+    mamba_state_dim: int = MISSING  # numbers of state for every channel
+    mamba_conv_kernel: int = 4  # tokens that the convolution before the scan sees, the present one included
     mamba_chunk_size: int = 128  # tokens the SSD scan takes at once: speed and memory only, the result is the same
     vocab_size: int = MISSING  # rows of the embedding; at least the tokenizer's size, divisible by tensor_parallel_size
     tied_embeddings: bool = False  # the output layer uses the embedding's weights
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # added to the mean square in every RMSNorm; the released configurations' value
     initialization: Initialization = Initialization.nemotron_h
     init_std: float = 0.02  # the papers state none; 0.02 is initializer_range of the released configurations
 
@@ -122,8 +122,8 @@ class ModelSection:
 class ParallelSection:
     """How one model replica is cut over ranks; data parallelism takes the ranks that are left."""
 
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # ranks that share every layer: heads, groups and MLP columns divide among them
+    pipeline_parallel_size: int = 1  # stages of consecutive layers, each on ranks of its own
     virtual_pipeline_size: int = 1  # model chunks per pipeline rank (interleaved schedule)
     context_parallel_size: int = 1  # ranks that share out the tokens of each sample, in two runs each; for long samples
     sequence_parallel: bool = False  # norms and residuals split over the sequence between tensor-parallel regions
@@ -185,9 +185,9 @@ class DataSection:
 class OptimSection:
     """AdamW with decoupled weight decay. Defaults: Nemotron-H §2.4, Nano 2; epsilon and clipping: Megatron-Bridge."""
 
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
+    adam_beta1: float = 0.9  # decay of the mean of gradients a step, below 1
+    adam_beta2: float = 0.95  # decay of the mean of squared gradients a step, below 1
+    adam_epsilon: float = 1e-8  # added to the root of that mean
     weight_decay: float = 0.1  # not applied to norms, biases, A_log, D, dt_bias
     clip_grad_norm: float = 1.0  # 0 = no clipping
     gradients: StateFormat = StateFormat.fp32  # what micro-batches are summed and ranks are reduced in
@@ -199,7 +199,7 @@ class LrSection:
     """Learning rate as a function of the tokens consumed before a step."""
 
     schedule: LrSchedule = MISSING
-    peak: float = MISSING
+    peak: float = MISSING  # the largest rate, reached after warmup_tokens
     min: float | None = None  # value at and after train_tokens; not for `constant`
     warmup_tokens: int = 0  # linear from 0 to peak
     decay_tokens: int | None = None  # `wsd` only: length of the decay that ends at train_tokens
@@ -239,7 +239,7 @@ class CheckpointSection:
 class LogSection:
     every_steps: int = 1  # metrics.jsonl and the console take every so many steps (the last step always)
     wandb: WandbMode = WandbMode.off
-    wandb_project: str = "nemotron-train"
+    wandb_project: str = "nemotron-train"  # where runs are listed; log.wandb says whether
 
 
 @dataclass(frozen=True)

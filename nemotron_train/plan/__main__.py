@@ -1,27 +1,43 @@
-"""`python -m nemotron_train.plan experiment=NAME world_size=N key=value ... [format=json]`: what a run would be.
+"""`python -m nemotron_train.plan experiment=NAME world_size=N key=value ...`: what a run would be.
 
-Composes, checks and computes as the train command does, on any machine and in a second or two. Loads no torch.
+Composes, checks and computes as the train command does, on any machine and in a second or two. Loads no torch. Own
+arguments, as `name=value`, `--name=value` or `--name value`:
+
+    world_size=N            ranks; not given: as many as hold the model once
+    format=text|json
+    gpu=h200|h100           what memory and times are for
+    price_per_gpu_hour=X    adds what the run costs
+    --png FILE              learning rate, batch and blend over the tokens of the run, as a picture
+    --search                layouts that fit, fastest first, and why the others do not
+    --explain KEY           what a key does, and what a neighbouring value would change in this run
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nemotron_train.config.load import load_config
+from nemotron_train.config.schema import RunConfig
 from nemotron_train.errors import EXIT_FAILED, ConfigError
-from nemotron_train.plan.describe import describe, summarize
+from nemotron_train.plan.explain import explain
+from nemotron_train.plan.layout import ranks_per_replica
+from nemotron_train.plan.measured import GPUS
+from nemotron_train.plan.report import Machine, report, report_json
 from nemotron_train.plan.run_plan import RunPlan, plan_run
+from nemotron_train.plan.search import describe_search, search_json, search_layouts
 
 FORMATS = ("text", "json")
+VALUES = ("world_size", "format", "gpu", "price_per_gpu_hour", "png", "explain")
+FLAGS = ("search",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the plan to standard output, or what is wrong to standard error; return the exit code."""
+    """Write the answer to standard output, or what is wrong to standard error; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         own, overrides = _split(arguments)
-        plan = plan_run(load_config(overrides), _world_size(own.get("world_size", "1")))
-        sys.stdout.write(_render(plan, own.get("format", "text")) + "\n")
+        sys.stdout.write(_answer(own, overrides) + "\n")
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILED
@@ -29,28 +45,73 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Part this command's own keys from those of the configuration."""
+    """Part this command's own arguments from those of the configuration."""
     own: dict[str, str] = {}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("world_size", "format"):
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if key in FLAGS and not equals:
+            own[key] = "true"
+        elif key in VALUES and equals:
             own[key] = value
+        elif key in VALUES and argument.startswith("--"):
+            if not rest:
+                raise ConfigError(f"{argument} needs a value.")
+            own[key] = rest.pop(0)
         else:
             overrides.append(argument)
     return own, overrides
 
 
-def _world_size(text: str) -> int:
+def _answer(own: dict[str, str], overrides: list[str]) -> str:
+    as_json = _choice(own, "format", FORMATS) == "json"
+    config = load_config(overrides)
+    machine, world_size = _machine(own), _world_size(own, config)
+    if "explain" in own:
+        return explain(own["explain"], config, world_size, machine, overrides)
+    if "search" in own:
+        found = search_layouts(config, world_size, machine.gpu)
+        return json.dumps(search_json(found), indent=2) if as_json else describe_search(found)
+    plan = plan_run(config, world_size)
+    if "png" in own:
+        _draw(plan, own["png"])
+    return json.dumps(report_json(plan, machine), indent=2) if as_json else report(plan, machine)
+
+
+def _draw(plan: RunPlan, file: str) -> None:
+    from nemotron_train.plan import picture  # loads matplotlib, which takes longer than all the rest
+
+    try:
+        picture.draw_plan(plan, Path(file))
+    except OSError as error:
+        raise ConfigError(f"png={file} cannot be written: {error}") from error
+
+
+def _choice(own: dict[str, str], key: str, choices: Sequence[str]) -> str:
+    chosen = own.get(key, choices[0])
+    if chosen not in choices:
+        raise ConfigError(f"{key}={chosen} is not one of {', '.join(choices)}.")
+    return chosen
+
+
+def _world_size(own: dict[str, str], config: RunConfig) -> int:
+    if "world_size" not in own:
+        return ranks_per_replica(config.parallel)
+    text = own["world_size"]
     if not text.isdecimal():
         raise ConfigError(f"world_size={text} is not a number of ranks, e.g. world_size=8.")
     return int(text)
 
 
-def _render(plan: RunPlan, form: str) -> str:
-    if form not in FORMATS:
-        raise ConfigError(f"format={form} is not one of {', '.join(FORMATS)}.")
-    return json.dumps(summarize(plan), indent=2) if form == "json" else describe(plan)
+def _machine(own: dict[str, str]) -> Machine:
+    gpu, text = GPUS[_choice(own, "gpu", tuple(GPUS))], own.get("price_per_gpu_hour")
+    try:
+        price = None if text is None else float(text)
+    except ValueError:
+        raise ConfigError(f"price_per_gpu_hour={text} is not a number, e.g. price_per_gpu_hour=2.5.") from None
+    return Machine(gpu, price)
 
 
 if __name__ == "__main__":

@@ -100,14 +100,17 @@ class BatchPlan:
             )
         return consumed_tokens
 
+    def steps_by_segment(self) -> list[tuple[BatchSegment, int]]:
+        """Return how many steps of a whole run each segment takes (0: the run ends before it)."""
+        starts = [min(self.step_at_or_after(segment.start_tokens), self.consumed_at_end) for segment in self.segments]
+        pairs = zip(self.segments, starts, [*starts[1:], self.consumed_at_end], strict=True)
+        return [(segment, (following - start) // segment.tokens_per_step) for segment, start, following in pairs]
+
     def tokens_by_length(self) -> dict[int, int]:
         """Return how many tokens of a whole run come in samples of each length."""
         tokens: dict[int, int] = {}
-        starts = [self.step_at_or_after(segment.start_tokens) for segment in self.segments]
-        end = self.consumed_at_end
-        for segment, start, following in zip(self.segments, starts, [*starts[1:], end], strict=True):
-            taken = max(0, min(following, end) - start)
-            tokens[segment.seq_length] = tokens.get(segment.seq_length, 0) + taken
+        for segment, steps in self.steps_by_segment():
+            tokens[segment.seq_length] = tokens.get(segment.seq_length, 0) + steps * segment.tokens_per_step
         return tokens
 
     def _ends(self) -> list[int]:

@@ -161,7 +161,7 @@ def _learning_rate_text(plan: RunPlan) -> str:
     if lr.warmup_tokens:
         text += f"0 to {lr.peak:g} over {lr.warmup_tokens:,} tokens, "
     if lr.schedule is LrSchedule.constant:
-        return text + f"then {lr.peak:g}"
+        return text + (f"then {lr.peak:g}" if lr.warmup_tokens else f"{lr.peak:g}")
     if lr.schedule is LrSchedule.cosine:
         return text + f"then a cosine from {lr.peak:g} to {lr.min:g}"
     assert lr.decay_shape is not None, "plan.rules asks for lr.decay_shape"

@@ -38,9 +38,9 @@ def cut_pipeline(pattern: ParsedPattern, costs: StageCosts, pp_size: int, vpp_si
     num_layers, num_chunks = len(pattern.layers), pp_size * vpp_size
     if pattern.cuts is not None:
         return _ranges(pattern.cuts, num_layers)
-    chunk_costs = _ChunkCosts(costs, num_chunks)
-    cuts = _cut_evenly(chunk_costs)
-    return _ranges(_cut_for_ranks(chunk_costs, pp_size, cuts) if vpp_size > 1 else cuts, num_layers)
+    of_chunks = _ChunkCosts(costs, num_chunks)
+    cuts = _cut_evenly(of_chunks)
+    return _ranges(_cut_for_ranks(of_chunks, pp_size, cuts) if vpp_size > 1 else cuts, num_layers)
 
 
 def check_cut(pattern: ParsedPattern, pp_size: int, vpp_size: int) -> None:
@@ -61,10 +61,24 @@ def check_cut(pattern: ParsedPattern, pp_size: int, vpp_size: int) -> None:
 
 def rank_costs(chunks: Sequence[range], costs: StageCosts, pp_size: int) -> list[float]:
     """Return what every pipeline rank does, all its chunks together."""
+    by_chunk = chunk_costs(chunks, costs)
+    return [sum(by_chunk[rank::pp_size]) for rank in range(pp_size)]
+
+
+def chunk_costs(chunks: Sequence[range], costs: StageCosts) -> list[float]:
+    """Return what every chunk does, the ends of the model included."""
     by_chunk = [sum(costs.layers[layer] for layer in chunk) for chunk in chunks]
     by_chunk[0] += costs.first
     by_chunk[-1] += costs.last
-    return [sum(by_chunk[rank::pp_size]) for rank in range(pp_size)]
+    return by_chunk
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What the even cut has already reached: costs of a rank, and of a chunk."""
+
+    rank: float
+    chunk: float
 
 
 class _ChunkCosts:
@@ -116,9 +130,11 @@ def _best_cuts(costs: _ChunkCosts, limit: float, join: Join) -> tuple[float, tup
 
 
 def _cut_for_ranks(costs: _ChunkCosts, pp_size: int, even_cuts: tuple[int, ...]) -> tuple[int, ...]:
-    """Make the most expensive rank, over all its virtual stages, as cheap as can be.
+    """Make the most expensive rank, over all its virtual stages, as cheap as can be, with no chunk more expensive than
+    the even cut's most expensive one.
 
-    A rank's chunks lie apart, so a partial cut has to remember every rank's load. The even cut bounds what is worth
+    Ranks keep step with each other chunk by chunk, so uneven chunks make all wait even where their sums are even. A
+    rank's chunks lie apart, so a partial cut has to remember every rank's load. The even cut bounds what is worth
     keeping; within it the best partial cuts at each place are followed: all of them for small models, enough for large
     ones.
     """
@@ -131,27 +147,31 @@ def _cut_for_ranks(costs: _ChunkCosts, pp_size: int, even_cuts: tuple[int, ...])
     beam: dict[int, list[PartialCut]] = {0: [(max(loads), 0.0, tuple(loads), ())]}
     for chunk in range(costs.num_chunks):
         loads[chunk % pp_size] += costs.of_layers(edges[chunk], edges[chunk + 1])
-    limit = max(loads)
+    limits = _Limits(rank=max(loads), chunk=max(costs.of(c, *edge) for c, edge in enumerate(pairwise(edges))))
     for chunk in range(costs.num_chunks):
-        longer = _lengthen(beam, costs, chunk, chunk % pp_size, limit)
+        longer = _lengthen(beam, costs, chunk, chunk % pp_size, limits)
         beam = {end: heapq.nsmallest(kept, _one_per_loads(partial_cuts)) for end, partial_cuts in longer.items()}
     finished = beam.get(costs.num_layers)
     return finished[0][3][:-1] if finished else even_cuts
 
 
 def _lengthen(
-    beam: dict[int, list[PartialCut]], costs: _ChunkCosts, chunk: int, rank: int, limit: float
+    beam: dict[int, list[PartialCut]], costs: _ChunkCosts, chunk: int, rank: int, limits: _Limits
 ) -> dict[int, list[PartialCut]]:
-    """Add one chunk, on one rank, to every partial cut, in every way that keeps the rank's load within the limit."""
+    """Add one chunk, on one rank, to every partial cut, in every way that keeps to the limits."""
     longer: dict[int, list[PartialCut]] = {}
     for start, partial_cuts in beam.items():
         for end in costs.ends(chunk, start):
-            layers_cost, squared = costs.of_layers(start, end), costs.of(chunk, start, end) ** 2
+            cost = costs.of(chunk, start, end)
+            if cost > limits.chunk:
+                break  # longer chunks cost more
+            layers_cost = costs.of_layers(start, end)
             for largest, squares, loads, cuts in partial_cuts:
                 load = loads[rank] + layers_cost
-                if load <= limit:
+                if load <= limits.rank:
                     new_loads = (*loads[:rank], load, *loads[rank + 1 :])
-                    longer.setdefault(end, []).append((max(largest, load), squares + squared, new_loads, (*cuts, end)))
+                    partial_cut = (max(largest, load), squares + cost * cost, new_loads, (*cuts, end))
+                    longer.setdefault(end, []).append(partial_cut)
     return longer
 
 

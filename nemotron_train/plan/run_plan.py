@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.plan.batching import BatchPlan, plan_batches
+from nemotron_train.plan.layer_times import stage_costs
 from nemotron_train.plan.layout import Layout, plan_layout
 from nemotron_train.plan.lr_curve import learning_rate
 from nemotron_train.plan.pattern import LayerKind, ParsedPattern, parse_pattern
-from nemotron_train.plan.pipeline_cut import StageCosts, cut_pipeline, rank_costs
+from nemotron_train.plan.pipeline_cut import cut_pipeline, rank_costs
 from nemotron_train.plan.precision_map import Gemm, fp8_layers, list_gemms
 from nemotron_train.plan.rules import check_rules
 from nemotron_train.plan.sizes import ModelSizes, count_model
@@ -71,8 +72,9 @@ class RunPlan:
         return learning_rate(self.config.lr, self.config.train.train_tokens, consumed_tokens)
 
     def pipeline_costs(self) -> list[float]:
-        """Return the forward FLOPs per token of every pipeline rank."""
-        return rank_costs(self.chunks, _stage_costs(self.sizes, self.pattern), self.layout.pipeline)
+        """Return the seconds of one micro-batch, forward and backward, on every pipeline rank (of H200s)."""
+        costs = stage_costs(self.config, self.pattern, self.config.train.seq_length)
+        return rank_costs(self.chunks, costs, self.layout.pipeline)
 
 
 def plan_run(config: RunConfig, world_size: int) -> RunPlan:
@@ -84,20 +86,13 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     check_rules(config, world_size)
     layout = plan_layout(config.parallel, world_size)
     pattern = parse_pattern(config.model.layer_pattern)
-    sizes = count_model(config.model, pattern, config.train.seq_length)
+    seq_length = config.train.seq_length
+    costs = stage_costs(config, pattern, seq_length)
     return RunPlan(
         config=config,
         layout=layout,
         pattern=pattern,
-        chunks=cut_pipeline(pattern, _stage_costs(sizes, pattern), layout.pipeline, layout.virtual_pipeline),
+        chunks=cut_pipeline(pattern, costs, layout.pipeline, layout.virtual_pipeline),
         batches=plan_batches(config.train, config.data.phases, layout.data),
-        sizes=sizes,
-    )
-
-
-def _stage_costs(sizes: ModelSizes, pattern: ParsedPattern) -> StageCosts:
-    return StageCosts(
-        layers=tuple(sizes.layer_forward_flops[kind] for kind in pattern.layers),
-        first=0,  # looking up embeddings costs next to nothing beside a matrix product
-        last=sizes.head_forward_flops,
+        sizes=count_model(config.model, pattern, seq_length),
     )

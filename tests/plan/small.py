@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -33,7 +34,16 @@ def plan_of(*overrides: str, world_size: int = 1) -> RunPlan:
 
 def config_with(*changes: str) -> RunConfig:
     """Return that run with `key=value` changes (values in YAML, list elements as `data.phases.0.weights`)."""
-    tree = copy.deepcopy(_small_run())
+    return _changed(_small_run(), changes)
+
+
+def experiment_with(experiment: str, *changes: str) -> RunConfig:
+    """Return an experiment with such changes; Hydra composes each experiment once, which takes most of the time."""
+    return _changed(_experiment(experiment), changes)
+
+
+def _changed(run: Any, changes: Sequence[str]) -> RunConfig:
+    tree = copy.deepcopy(run)
     for change in changes:
         key, _, value = change.partition("=")
         *path, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
@@ -44,3 +54,8 @@ def config_with(*changes: str) -> RunConfig:
 @functools.cache
 def _small_run() -> Any:
     return plain(load_config(list(FIXED)))
+
+
+@functools.cache
+def _experiment(name: str) -> Any:
+    return plain(load_config([f"experiment={name}"]))

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from nemotron_train.config.load import list_choices
 from nemotron_train.errors import EXIT_FAILED
 from nemotron_train.plan.__main__ import main
 
@@ -69,6 +71,11 @@ def test_the_long_context_layout_of_the_12b_is_planned(capsys: pytest.CaptureFix
         (["experiment=quickstart", "parallel=tensor_2", "world_size=5"], "5 ranks"),
         (["experiment=quickstart", "world_size=two"], "world_size=two"),
         (["experiment=quickstart", "format=yaml"], "format=yaml"),
+        (["experiment=quickstart", "gpu=b200"], "gpu=b200 is not one of h200, h100"),
+        (["experiment=quickstart", "price_per_gpu_hour=cheap"], "price_per_gpu_hour=cheap"),
+        (["experiment=quickstart", "--explain"], "--explain needs a value"),
+        (["experiment=quickstart", "--explain", "lr.peek"], "Did you mean lr.peak?"),
+        (["experiment=quickstart", "--search"], "fp32 has no measured times"),
         (["experiment=quickstart", "train.train_token=5"], "train.train_tokens"),
         ([], "experiment=NAME"),
     ],
@@ -83,12 +90,63 @@ def test_what_is_wrong_goes_to_stderr_with_an_exit_code(
     assert captured.out == ""
 
 
-def test_planning_loads_neither_torch_nor_megatron() -> None:
+@pytest.mark.parametrize("arguments", [[], ["--search"], ["--explain", "train.recompute"], ["format=json"]])
+def test_planning_loads_neither_torch_nor_megatron(arguments: list[str]) -> None:
     """Fails if anything below config/ or plan/ starts to import what a laptop may not have (and seconds of
     start-up)."""
     code = (
-        "import sys; from nemotron_train.plan.__main__ import main; main(['experiment=quickstart']); "
-        "print(sorted({'torch', 'megatron', 'numpy'} & set(sys.modules)))"
+        "import sys; from nemotron_train.plan.__main__ import main; "
+        f"assert main(['experiment=nemotron_nano_12b_v2', 'world_size=4', *{arguments}]) == 0; "
+        "print(sorted({'torch', 'megatron', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("experiment", list_choices("experiment"))
+def test_every_experiment_can_be_planned(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if an experiment is refused on as many ranks as hold its model once, data that is not there included."""
+    assert main([f"experiment={experiment}", "format=json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["memory_gib_per_gpu"] > 0
+    assert plan["num_steps"] > 0
+
+
+def test_json_has_memory_time_and_products(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a number that programs read is renamed, or does not fit the others."""
+    arguments = ["experiment=nemotron_nano_12b_v2", "world_size=736", "price_per_gpu_hour=2", "format=json"]
+    assert main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["bf16_gemms"]) == 8
+    assert plan["memory_gib_per_gpu"] == max(rank["peak"] for rank in plan["memory_by_pipeline_rank"])
+    assert plan["fits"] is True
+    seconds = plan["num_steps"] * plan["step_seconds"]
+    assert plan["days"] == pytest.approx(seconds / 86_400)
+    assert plan["gpu_hours"] == pytest.approx(seconds / 3600 * 736)
+    assert plan["price"] == pytest.approx(2 * plan["gpu_hours"])
+    rate = plan["tokens_per_step"] / plan["step_seconds"] / 736
+    assert plan["tokens_per_second_per_gpu"] == pytest.approx(rate)
+    assert sum(plan["step_seconds_by_part"].values()) == pytest.approx(plan["step_seconds"])
+    assert [phase["first_step"] for phase in plan["phases"]] == [0, 1_990_277, 2_985_416]
+    assert plan["checkpoint_bytes"] == 14 * plan["parameters"]
+
+
+def test_text_tells_memory_time_cost_groups_and_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the answer to a question that is asked before a job starts is left out, or passes for measured."""
+    pipeline = ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2"]
+    assert main(["experiment=nemotron_nano_12b_v2", "world_size=32", "gpu=h100", *pipeline]) == 0
+    out = capsys.readouterr().out
+    for fact in (
+        "tensor 0, 1, 2, 3;", "data 0, 4, 8, 12, across nodes", "pipeline 0, 16, across nodes", "step 1,990,277 (0.6",
+        "H100's 79.6 GiB", "the peak of each:", "tokens/s and", "bubble", "days of training alone",
+        "price_per_gpu_hour=X", "derived, nothing measured", "172.3 GB, of it 24.62 GB weights",
+    ):  # fmt: skip
+        assert fact in out, fact
+
+
+def test_a_picture_is_written_beside_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if `--png` writes no picture, or a folder that is not there ends in a traceback."""
+    assert main(["experiment=nemotron_h_56b", "--png", str(tmp_path / "run.png")]) == 0
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["experiment=nemotron_h_56b", f"--png={tmp_path}/missing/run.png"]) == EXIT_FAILED
+    assert "missing/run.png cannot be written" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""How many bytes does a layer keep for its backward pass, and how many more while that runs?
+
+Read off the code that runs on CUDA, tensor by tensor: Transformer Engine's linears (`engine/te_layers.py`), the Mamba
+core (`ops/triton_core.py`), squared ReLU and cross-entropy (`ops/te_elementwise.py`). Sizes are of one micro-batch on
+one rank.
+"""
+
+from dataclasses import dataclass
+
+from nemotron_train.config.schema import ModelSection, PrecisionFormat, Recompute, RunConfig
+from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.precision_map import FP8_BLOCK
+from nemotron_train.plan.rank_share import RankTokens, share_of_rank, tokens_on_rank
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one layer."""
+
+    kept: int  # from the forward to the backward pass
+    recomputed: int  # kept only while its backward pass runs, having been computed again
+    working: int  # gradients and scratch of its backward pass
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the formulas of all kinds need."""
+
+    tokens: RankTokens
+    share: ModelSection  # this rank's part of the model
+    dense: int  # bytes of a number in the precision of the weights
+    into_product: float  # bytes of a number that a linear layer keeps of its input
+    fp8: bool
+
+    @property
+    def residual(self) -> int:
+        """Return the bytes of what runs between layers."""
+        return self.tokens.residual * self.share.hidden_size * self.dense
+
+    @property
+    def normed(self) -> float:
+        """Return the bytes of a normed input, as the first linear layer keeps it, with 1 / rms."""
+        return self.tokens.residual * (self.share.hidden_size * self.into_product + FLOAT32_BYTES)
+
+
+def weight_bytes(format: PrecisionFormat) -> int:
+    """Return the bytes of a weight, or of an activation outside FP8."""
+    return 4 if format is PrecisionFormat.fp32 else 2
+
+
+def layer_activations(kind: LayerKind, in_fp8: bool, config: RunConfig, seq_length: int) -> LayerActivations:
+    """Count one layer; with `train.recompute=full` it keeps its input alone."""
+    dense = weight_bytes(config.precision.format)
+    scales = FLOAT32_BYTES / FP8_BLOCK if config.precision.format is PrecisionFormat.fp8_block else 0.0
+    sizes = _Sizes(
+        tokens=tokens_on_rank(config, seq_length),
+        share=share_of_rank(config.model, config.parallel.tensor_parallel_size),
+        dense=dense,
+        into_product=1 + scales if in_fp8 else dense,
+        fp8=in_fp8,
+    )
+    count = {LayerKind.mamba: _mamba, LayerKind.attention: _attention, LayerKind.mlp: _mlp}[kind]
+    inner, core, working = count(sizes)
+    kept, recompute = sizes.residual + sizes.normed + inner, config.train.recompute
+    if recompute is Recompute.full:
+        return LayerActivations(sizes.residual, round(kept - sizes.residual + core), round(working))
+    if recompute is Recompute.selective:
+        return LayerActivations(round(kept), round(core), round(working))
+    return LayerActivations(round(kept + core), 0, round(working))
+
+
+def _mamba(sizes: _Sizes) -> tuple[float, float, float]:
+    """Kept: the packed projection and the input of out_proj. Core: the scan's output, step sizes, the norm's scales."""
+    share, tokens, dense = sizes.share, sizes.tokens.layer, sizes.dense
+    inner = share.mamba_num_heads * share.mamba_head_dim
+    convolved = inner + 2 * share.mamba_num_groups * share.mamba_state_dim
+    packed = inner + convolved + share.mamba_num_heads
+    kept = tokens * (packed * dense + inner * sizes.into_product)
+    core = tokens * (inner * dense + (2 * share.mamba_num_heads + share.mamba_num_groups) * FLOAT32_BYTES)
+    states = tokens / share.mamba_chunk_size * inner * share.mamba_state_dim * dense
+    # Gradients of the projection, of the scan's output and of what was convolved; that again; states in and out.
+    working = tokens * (packed + inner + 2 * convolved) * dense + 2 * states
+    return kept, core, working
+
+
+def _attention(sizes: _Sizes) -> tuple[float, float, float]:
+    """Kept: the packed projection (keys and values are views of it), queries, the output, and its FP8 copy."""
+    share, tokens, dense = sizes.share, sizes.tokens.layer, sizes.dense
+    queries = share.num_attention_heads * share.attention_head_dim
+    packed = queries + 2 * share.num_query_groups * share.attention_head_dim
+    kept = tokens * ((packed + 2 * queries) * dense + (queries * sizes.into_product if sizes.fp8 else 0))
+    core = tokens * share.num_attention_heads * FLOAT32_BYTES  # log-sum-exp of the scores
+    return kept, core, tokens * (2 * packed + queries) * dense
+
+
+def _mlp(sizes: _Sizes) -> tuple[float, float, float]:
+    """Kept: what goes into squared ReLU, and what comes out as FC2 reads it."""
+    tokens, ffn = sizes.tokens.layer, sizes.share.ffn_hidden_size
+    return tokens * ffn * (sizes.dense + sizes.into_product), 0, 2 * tokens * ffn * sizes.dense
+
+
+def head_activations(config: RunConfig, seq_length: int) -> LayerActivations:
+    """Count final norm, output layer and loss: the logits become their gradient in place and go at once."""
+    tokens, dense = tokens_on_rank(config, seq_length), weight_bytes(config.precision.format)
+    around = 2 * tokens.residual * config.model.hidden_size * dense  # input of the norm and of the output layer
+    logits = tokens.layer * config.model.vocab_size // config.parallel.tensor_parallel_size * dense
+    return LayerActivations(around, 0, logits)

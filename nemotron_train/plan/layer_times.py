@@ -1,0 +1,131 @@
+"""How long does each layer take on one GPU, forward and backward of one micro-batch?
+
+The measured times of the reference (`measured.py`) are parted into matrix products, the core of a mixer or of
+attention, and what passes over the residual; each part grows with its own amount of work. At the shape that was
+measured the sum is the measured time.
+"""
+
+from dataclasses import dataclass
+
+from nemotron_train.config.schema import ModelSection, PrecisionFormat, Recompute, RunConfig
+from nemotron_train.plan.measured import (
+    CORE_MS,
+    H200,
+    HEAD_MS,
+    LAYER_MS,
+    NORM_AND_RESIDUAL_MS,
+    REFERENCE_MODEL,
+    REFERENCE_TOKENS,
+    TENSOR_PARALLEL_MS,
+    Gpu,
+)
+from nemotron_train.plan.pattern import LayerKind, ParsedPattern
+from nemotron_train.plan.pipeline_cut import StageCosts
+from nemotron_train.plan.precision_map import fp8_layers
+from nemotron_train.plan.rank_share import RankTokens, share_of_rank, tokens_on_rank
+from nemotron_train.plan.sizes import (
+    attention_forward_flops,
+    attention_weights,
+    mamba_forward_flops,
+    mamba_weights,
+    mlp_weights,
+)
+
+FORWARD_FRACTION = 1 / 3  # of a layer's time: the backward pass makes twice as many products
+
+
+@dataclass(frozen=True)
+class LayerSeconds:
+    """One layer, one micro-batch, one rank."""
+
+    products: float  # linear layers, quantisation included
+    core: float  # convolution, scan and gated norm; or attention
+    elementwise: float  # norm and residual
+    tensor_parallel: float  # what splitting the layer costs besides traffic
+
+    @property
+    def total(self) -> float:
+        return self.products + self.core + self.elementwise + self.tensor_parallel
+
+
+def layer_seconds(
+    kind: LayerKind, format: PrecisionFormat, config: RunConfig, seq_length: int, gpu: Gpu
+) -> LayerSeconds:
+    """Scale the measured layer to this model, sample length, micro-batch and tensor-parallel size."""
+    tokens, tp_size = tokens_on_rank(config, seq_length), config.parallel.tensor_parallel_size
+    share = share_of_rank(config.model, tp_size)
+    format = _measured_format(format)
+    measured_products = LAYER_MS[kind][format] - CORE_MS[kind] - NORM_AND_RESIDUAL_MS
+    slower = H200.memory_bandwidth / gpu.memory_bandwidth  # kernels that are bound by memory
+    core = CORE_MS[kind] * (slower if kind is LayerKind.mamba else 1.0)
+    split = TENSOR_PARALLEL_MS[format] * tokens.layer / REFERENCE_TOKENS if tp_size > 1 else 0.0
+    return LayerSeconds(
+        products=1e-3 * measured_products * _weights(kind, share) / _weights(kind, REFERENCE_MODEL) * _times(tokens),
+        core=1e-3 * core * _core_ratio(kind, share, seq_length) * _times(tokens),
+        elementwise=1e-3
+        * NORM_AND_RESIDUAL_MS
+        * slower
+        * (tokens.residual / REFERENCE_TOKENS)
+        * (share.hidden_size / REFERENCE_MODEL.hidden_size),
+        tensor_parallel=1e-3 * split,
+    )
+
+
+def recompute_seconds(kind: LayerKind, seconds: LayerSeconds, recompute: Recompute) -> float:
+    """Return what the backward pass computes a second time."""
+    if recompute is Recompute.full:
+        return FORWARD_FRACTION * seconds.total
+    return FORWARD_FRACTION * seconds.core if recompute is Recompute.selective else 0.0
+
+
+def head_seconds(config: RunConfig, seq_length: int) -> float:
+    """Return embedding, final norm, output layer and loss of one micro-batch; nearly all of it is the output layer."""
+    tokens, reference = tokens_on_rank(config, seq_length), REFERENCE_MODEL
+    vocabulary = config.model.vocab_size * config.model.hidden_size / config.parallel.tensor_parallel_size
+    return 1e-3 * HEAD_MS * _times(tokens) * vocabulary / (reference.vocab_size * reference.hidden_size)
+
+
+def stage_costs(config: RunConfig, pattern: ParsedPattern, seq_length: int, gpu: Gpu = H200) -> StageCosts:
+    """Return the seconds of every layer and of the ends: what the pipeline is cut by."""
+    in_fp8 = fp8_layers(config.precision, len(pattern.layers))
+    by_kind: dict[tuple[LayerKind, bool], float] = {}
+    costs = []
+    for number, kind in enumerate(pattern.layers):
+        key = kind, number in in_fp8
+        if key not in by_kind:
+            format = config.precision.format if key[1] else PrecisionFormat.bf16
+            seconds = layer_seconds(kind, format, config, seq_length, gpu)
+            by_kind[key] = seconds.total + recompute_seconds(kind, seconds, config.train.recompute)
+        costs.append(by_kind[key])
+    return StageCosts(layers=tuple(costs), first=0.0, last=head_seconds(config, seq_length))
+
+
+def _measured_format(format: PrecisionFormat) -> PrecisionFormat:
+    """Return the format whose times stand for this one: float32 only to compare layers with each other."""
+    return {
+        PrecisionFormat.fp32: PrecisionFormat.bf16,
+        PrecisionFormat.fp8_delayed: PrecisionFormat.fp8_current,
+    }.get(format, format)
+
+
+def _times(tokens: RankTokens) -> float:
+    return tokens.layer / REFERENCE_TOKENS
+
+
+def _weights(kind: LayerKind, model: ModelSection) -> int:
+    if kind is LayerKind.mamba:
+        return mamba_weights(model)
+    return attention_weights(model) if kind is LayerKind.attention else mlp_weights(model)
+
+
+def _core_ratio(kind: LayerKind, model: ModelSection, seq_length: int) -> float:
+    """Return the work of a core per token, relative to the reference."""
+    if kind is LayerKind.mlp:
+        return 0.0
+    return _core_flops(kind, model, seq_length) / _core_flops(kind, REFERENCE_MODEL, REFERENCE_TOKENS)
+
+
+def _core_flops(kind: LayerKind, model: ModelSection, seq_length: int) -> int:
+    if kind is LayerKind.mamba:
+        return mamba_forward_flops(model) - 2 * mamba_weights(model)
+    return attention_forward_flops(model, seq_length) - 2 * attention_weights(model)

@@ -1,0 +1,194 @@
+"""How much memory does a GPU need: what every pipeline rank holds at its fullest moment, in bytes that torch counts.
+
+Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s:
+  18-layer slice of the 12B, one GPU, before AdamW has its moments: 59.6 GiB in bf16, 63.0 in fp8_block;
+  the whole 12B of Megatron-Core's own model at tensor-parallel size 2 with bf16 gradients and moments, where AdamW's
+  step is the fullest moment: 105 GiB in bf16, 115 in fp8_block and fp8_current.
+Pipelines, context parallelism and recomputation have not been measured.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from nemotron_train.config.schema import ModelSection, PrecisionFormat, StateFormat
+from nemotron_train.plan.activations import head_activations, layer_activations, weight_bytes
+from nemotron_train.plan.measured import OUTSIDE_TORCH_GIB
+from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.precision_map import Gemm
+from nemotron_train.plan.rank_share import share_of_rank
+from nemotron_train.plan.run_plan import RunPlan
+from nemotron_train.plan.sizes import attention_parameters, mamba_parameters, mlp_parameters
+
+GIB = 2**30
+FP8_COPIES_BYTES = 2  # a weight is kept by rows and by columns
+
+
+class _Weight(NamedTuple):
+    """A linear layer's weight on one rank."""
+
+    inputs: int
+    outputs: int
+    in_fp8: bool
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one pipeline rank (of each of its tensor-, context- and data-parallel ranks)."""
+
+    weights: int
+    gradients: int
+    master_weights: int  # this data-parallel rank's shard
+    moments: int  # the same
+    fp8_weights: int  # copies that Transformer Engine keeps over a step
+    gradient_stand_ins: int  # one for every shape of weight, which Transformer Engine hands to autograd
+    activations: int  # of all micro-batches in flight
+    working: int  # on top of them: logits, or one layer's backward pass
+    optimizer_working: int  # of AdamW's step, when there are no activations
+
+    @property
+    def held(self) -> int:
+        """Return what is there at any time after the first step."""
+        names = ("weights", "gradients", "master_weights", "moments", "fp8_weights", "gradient_stand_ins")
+        return sum(getattr(self, name) for name in names)
+
+    @property
+    def forward_backward_peak(self) -> int:
+        return self.held + self.activations + self.working
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward_backward_peak, self.held + self.optimizer_working)
+
+    def in_gib(self) -> dict[str, float]:
+        """Return every part and the peak, for people and programs."""
+        parts = {field.name: round(getattr(self, field.name) / GIB, 2) for field in fields(self)}
+        return {**parts, "peak": round(self.peak / GIB, 2)}
+
+
+def plan_memory(plan: RunPlan) -> list[RankMemory]:
+    """Count every pipeline rank at the longest samples of the run."""
+    longest = max(plan.batches.segments, key=lambda segment: segment.seq_length)
+    micro_batches = plan.batches.num_micro_batches_at(longest.start_tokens)
+    gemms = plan.gemms
+    return [
+        _rank_memory(plan, rank, _gemms_of(plan, rank, gemms), longest.seq_length, micro_batches)
+        for rank in range(plan.layout.pipeline)
+    ]
+
+
+def memory_gib_per_gpu(ranks: Iterable[RankMemory]) -> float:
+    """Return the peak of the fullest rank, as torch.cuda.max_memory_allocated counts it."""
+    return max(rank.peak for rank in ranks) / GIB
+
+
+def needed_gib(ranks: Iterable[RankMemory]) -> float:
+    """Return what a GPU must have: the peak and what is outside torch's count."""
+    return memory_gib_per_gpu(ranks) + OUTSIDE_TORCH_GIB
+
+
+def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length: int, micro_batches: int) -> RankMemory:
+    config, layout = plan.config, plan.layout
+    parameters = rank_parameters(plan, rank)
+    shards = layout.data * layout.context  # the optimizer is split over both
+    dense = weight_bytes(config.precision.format)
+    low = StateFormat.bf16 in (config.optim.gradients, config.optim.moments)
+    fp32 = config.precision.format is PrecisionFormat.fp32
+    shapes = {(weight.inputs, weight.outputs) for weight in gemms}
+    moments = 2 * (2 if config.optim.moments is StateFormat.bf16 else 4)
+    return RankMemory(
+        weights=parameters * dense,
+        gradients=parameters * (2 if config.optim.gradients is StateFormat.bf16 else 4),
+        # Float32 weights are their own masters; AdamW for low-precision states keeps only the 16 bits that bf16 lacks.
+        master_weights=0 if fp32 else parameters * (2 if low else 4) // shards,
+        moments=parameters * moments // shards,
+        fp8_weights=FP8_COPIES_BYTES * sum(weight.inputs * weight.outputs for weight in gemms if weight.in_fp8),
+        gradient_stand_ins=0 if fp32 else dense * sum(inputs * outputs for inputs, outputs in shapes),
+        activations=_activations(plan, rank, seq_length, micro_batches),
+        working=_working(plan, rank, seq_length),
+        # Its step holds both moments in float32 at once where they are stored in less.
+        optimizer_working=parameters * 8 // shards if config.optim.moments is StateFormat.bf16 else 0,
+    )
+
+
+def rank_parameters(plan: RunPlan, rank: int) -> int:
+    """Count the parameters on one rank of a pipeline stage."""
+    model, layout = plan.config.model, plan.layout
+    share = share_of_rank(model, layout.tensor)
+    total = sum(_layer_parameters(plan.layers[layer], share) for chunk in plan.chunks_of(rank) for layer in chunk)
+    vocabulary = model.vocab_size // layout.tensor * model.hidden_size
+    first, last = rank == 0, rank == layout.pipeline - 1
+    if first:
+        total += vocabulary
+    if last:
+        total += model.hidden_size
+        total += 0 if model.tied_embeddings and first else vocabulary  # tied on two stages: a copy on each
+    return total
+
+
+def _layer_parameters(kind: LayerKind, share: ModelSection) -> int:
+    count = {
+        LayerKind.mamba: mamba_parameters,
+        LayerKind.attention: attention_parameters,
+        LayerKind.mlp: mlp_parameters,
+    }
+    return count[kind](share)
+
+
+def most_in_flight(kept: Sequence[int], pp_size: int, rank: int, micro_batches: int) -> int:
+    """Return the most that a rank keeps at once of its model chunks' activations.
+
+    Args:
+        kept: of one micro-batch, by virtual stage.
+
+    Its schedule is Megatron-Core's: one forward, one backward, after as many forward passes as there are ranks behind;
+    interleaved, twice those, and all virtual stages but the last for one round of `pp_size` micro-batches.
+    """
+    vpp_size, behind = len(kept), pp_size - rank - 1
+    ahead = behind if vpp_size == 1 else 2 * behind + (vpp_size - 1) * pp_size
+    held = most = 0
+    for turn in range(min(micro_batches, 4 * pp_size) * vpp_size):  # later rounds repeat the earlier ones
+        held += kept[turn // pp_size % vpp_size]
+        most = max(most, held)
+        if turn >= ahead:
+            held -= kept[vpp_size - 1 - (turn - ahead) // pp_size % vpp_size]
+    return most
+
+
+def _count_kinds(plan: RunPlan, chunk: range) -> Counter[tuple[LayerKind, bool]]:
+    """Count the layers of a chunk by kind and by whether they are in FP8."""
+    return Counter((plan.layers[layer], layer in plan.fp8_layers) for layer in chunk)
+
+
+def _activations(plan: RunPlan, rank: int, seq_length: int, micro_batches: int) -> int:
+    kept = []
+    for chunk in plan.chunks_of(rank):
+        kinds = _count_kinds(plan, chunk).items()
+        kept.append(sum(count * layer_activations(*kind, plan.config, seq_length).kept for kind, count in kinds))
+    if rank == plan.layout.pipeline - 1:
+        kept[-1] += head_activations(plan.config, seq_length).kept
+    return most_in_flight(kept, plan.layout.pipeline, rank, micro_batches)
+
+
+def _working(plan: RunPlan, rank: int, seq_length: int) -> int:
+    """Return the largest of: a layer's backward pass, the logits, the gradient of the embedding."""
+    kinds = {kind for chunk in plan.chunks_of(rank) for kind in _count_kinds(plan, chunk)}
+    layers = [layer_activations(*kind, plan.config, seq_length) for kind in kinds]
+    needs = [layer.recomputed + layer.working for layer in layers]
+    if rank == plan.layout.pipeline - 1:
+        needs.append(head_activations(plan.config, seq_length).working)
+    if rank == 0 and plan.layout.pipeline > 1:
+        model = plan.config.model
+        vocabulary = model.vocab_size // plan.layout.tensor * model.hidden_size
+        needs.append(vocabulary * weight_bytes(plan.config.precision.format))
+    return max(needs)
+
+
+def _gemms_of(plan: RunPlan, rank: int, gemms: Sequence[Gemm]) -> list[_Weight]:
+    """Return the weights of a rank's linear layers."""
+    here = {f"decoder.layers.{layer}" for chunk in plan.chunks_of(rank) for layer in chunk}
+    if rank == plan.layout.pipeline - 1:
+        here.add("output_layer")
+    tp_size = plan.layout.tensor
+    return [_Weight(*gemm.on_rank(tp_size), gemm.in_fp8) for gemm in gemms if gemm.name.rsplit(".", 2)[0] in here]

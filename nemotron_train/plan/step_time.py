@@ -1,0 +1,153 @@
+"""How long does a step take, and the run? Layers, pipeline bubble, traffic and optimizer, added up.
+
+What it rests on: times of single layers, of our 18-layer slice on one H200 and of the whole 12B on two at
+tensor-parallel size 2 (`measured.py`); at those points it gives what was measured within 5 %. More GPUs, pipelines,
+context parallelism, other models and other cards have not been measured: there it is arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemotron_train.config.schema import PrecisionFormat
+from nemotron_train.plan.batching import BatchSegment
+from nemotron_train.plan.layer_times import FORWARD_FRACTION, stage_costs
+from nemotron_train.plan.measured import (
+    H200,
+    OPTIMIZER_BYTES_PER_PARAMETER,
+    OPTIMIZER_SECONDS_PER_PARAMETER,
+    Gpu,
+)
+from nemotron_train.plan.memory import rank_parameters
+from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.pipeline_cut import StageCosts, chunk_costs
+from nemotron_train.plan.run_plan import RunPlan
+from nemotron_train.plan.traffic import (
+    context_parallel_seconds,
+    gradient_seconds,
+    pipeline_seconds,
+    tensor_parallel_seconds,
+    weight_seconds,
+)
+
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on the slowest path through it."""
+
+    layers: float  # the slowest pipeline rank's work on all its micro-batches
+    tensor_and_context: float  # traffic inside the layers of that rank
+    bubble: float  # waiting while the pipeline fills and drains
+    pipeline_traffic: float
+    data_traffic: float  # gradients and weights that nothing hides
+    optimizer: float  # clearing gradients, norm, clipping, AdamW
+
+    @property
+    def total(self) -> float:
+        return (
+            self.layers
+            + self.tensor_and_context
+            + self.bubble
+            + self.pipeline_traffic
+            + self.data_traffic
+            + self.optimizer
+        )
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """The whole run, from the step times of each segment of its batch schedule."""
+
+    first_step: StepTime
+    tokens_per_second_per_gpu: float  # of the first step
+    model_tflops_per_gpu: float  # the same
+    days: float  # of training alone: no start, checkpoints, evaluation or failures
+    gpu_hours: float
+
+
+def has_times(format: PrecisionFormat) -> bool:
+    """Return whether anything was measured in this precision."""
+    return format is not PrecisionFormat.fp32
+
+
+def plan_time(plan: RunPlan, gpu: Gpu = H200) -> RunTime:
+    """Add up the run; `has_times` must hold for its precision."""
+    world_size = plan.layout.world_size
+    steps = plan.batches.steps_by_segment()
+    seconds = sum(count * step_time(plan, segment, gpu).total for segment, count in steps)
+    first = step_time(plan, plan.batches.segments[0], gpu)
+    tokens_per_second = plan.tokens_per_step / first.total / world_size
+    return RunTime(
+        first_step=first,
+        tokens_per_second_per_gpu=tokens_per_second,
+        model_tflops_per_gpu=tokens_per_second * plan.flops_per_token_at(0) / 1e12,
+        days=seconds / SECONDS_PER_DAY,
+        gpu_hours=seconds / 3600 * world_size,
+    )
+
+
+def step_time(plan: RunPlan, segment: BatchSegment, gpu: Gpu) -> StepTime:
+    """Add up a step of `segment`."""
+    config, layout, length = plan.config, plan.layout, segment.seq_length
+    micro_batches = segment.global_batch_size // (plan.batches.micro_batch_size * layout.data)
+    compute = chunk_costs(plan.chunks, stage_costs(config, plan.pattern, length, gpu))
+    traffic = chunk_costs(plan.chunks, _layer_traffic(plan, length, gpu))
+    chunks = [a + b for a, b in zip(compute, traffic, strict=True)]
+    slowest = slowest_rank(chunks, layout.pipeline, micro_batches)
+    its_chunks = slice(slowest, None, layout.pipeline)
+    parameters = max(rank_parameters(plan, rank) for rank in range(layout.pipeline))
+    # Each boundary that a micro-batch passes, there and back; interleaved schedules overlap it.
+    sends = micro_batches + layout.pipeline - 1 if layout.virtual_pipeline == 1 else layout.num_model_chunks - 1
+    return StepTime(
+        layers=micro_batches * sum(compute[its_chunks]),
+        tensor_and_context=micro_batches * sum(traffic[its_chunks]),
+        bubble=bubble_seconds(chunks, layout.pipeline, slowest),
+        pipeline_traffic=sends * pipeline_seconds(config, layout, length, gpu),
+        data_traffic=_exposed_data_traffic(plan, parameters, sum(chunks[its_chunks]), gpu),
+        optimizer=_optimizer_seconds(plan, parameters, gpu),
+    )
+
+
+def slowest_rank(chunks: Sequence[float], pp_size: int, micro_batches: int) -> int:
+    """Return the rank whose work and waiting take longest."""
+    return max(
+        range(pp_size),
+        key=lambda rank: micro_batches * sum(chunks[rank::pp_size]) + bubble_seconds(chunks, pp_size, rank),
+    )
+
+
+def bubble_seconds(chunks: Sequence[float], pp_size: int, rank: int) -> float:
+    """Return how long a rank waits while the pipeline fills, turns and drains.
+
+    For the ranks before it, to pass on a micro-batch in their first virtual stage and to take its gradient at the very
+    end; for those behind it, to take one through their last virtual stage and back.
+    """
+    return sum(chunks[:rank]) + sum(chunks[len(chunks) - pp_size + rank + 1 :])
+
+
+def _layer_traffic(plan: RunPlan, seq_length: int, gpu: Gpu) -> StageCosts:
+    config, layout = plan.config, plan.layout
+    tensor = tensor_parallel_seconds(config, layout, seq_length, gpu)
+    by_kind = {kind: tensor + context_parallel_seconds(kind, config, layout, seq_length, gpu) for kind in LayerKind}
+    return StageCosts(layers=tuple(by_kind[kind] for kind in plan.layers), first=0.0, last=0.0)
+
+
+def _exposed_data_traffic(plan: RunPlan, parameters: int, micro_batch_seconds: float, gpu: Gpu) -> float:
+    """Overlapped gradients hide behind the last backward pass, overlapped weights behind the first forward pass."""
+    config, layout = plan.config, plan.layout
+    gradients = gradient_seconds(config, layout, parameters, gpu)
+    weights = weight_seconds(config, layout, parameters, gpu)
+    if config.parallel.overlap_grad_reduce:
+        gradients = max(gradients - (1 - FORWARD_FRACTION) * micro_batch_seconds, 0.0)
+    if config.parallel.overlap_param_gather:
+        weights = max(weights - FORWARD_FRACTION * micro_batch_seconds, 0.0)
+    return gradients + weights
+
+
+def _optimizer_seconds(plan: RunPlan, parameters: int, gpu: Gpu) -> float:
+    """Clear all gradients, and update this rank's shard; both are bound by memory."""
+    shards = plan.layout.data * plan.layout.context
+    per_byte = OPTIMIZER_SECONDS_PER_PARAMETER / OPTIMIZER_BYTES_PER_PARAMETER * H200.memory_bandwidth
+    cleared = 4 * parameters
+    return (cleared + OPTIMIZER_BYTES_PER_PARAMETER * parameters / shards) * per_byte / gpu.memory_bandwidth

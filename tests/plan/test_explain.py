@@ -1,0 +1,87 @@
+"""What is said of a key is what the schema, the recipe and a second plan say."""
+
+import re
+
+import pytest
+
+from nemotron_train.config.keys import describe_keys
+from nemotron_train.config.load import load_config
+from nemotron_train.plan.explain import explain
+from nemotron_train.plan.report import Machine
+from nemotron_train.plan.run_plan import plan_run
+from tests.plan.small import experiment_with
+
+NANO = "nemotron_nano_12b_v2"
+
+
+def explained(key: str, *changes: str) -> dict[str, str]:
+    overrides = [f"experiment={NANO}", *changes]
+    text = explain(key, experiment_with(NANO, *changes), 736, Machine(), overrides)
+    return dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
+
+
+def test_meaning_range_and_value_are_told() -> None:
+    """Fails if unit, range, default or the value of this run is lost."""
+    rows = explained("lr.warmup_tokens")
+    assert rows["lr.warmup_tokens"] == "linear from 0 to peak"
+    assert rows["type"] == "whole number, at least 0"
+    assert rows["default"] == "0"
+    assert rows["here"] == "8,000,000,000"
+
+
+def test_the_source_of_a_value_is_the_line_that_sets_it() -> None:
+    """Fails if the recipe's comment, which holds the source, is not found: in the experiment, in a group it chooses, or
+    on the command line."""
+    assert explained("lr.warmup_tokens")["set by"].endswith("warmup_tokens: 8_000_000_000 # model card")
+    assert explained("model.mamba_head_dim")["set by"] == "recipes/model/nemotron_nano_12b_v2.yaml: mamba_head_dim: 80"
+    assert explained("train.seq_length", "train.seq_length=4096")["set by"] == "the command line"
+    assert "set by" not in explained("optim.adam_epsilon")
+
+
+@pytest.mark.parametrize(
+    ("key", "neighbour", "told"),
+    [
+        ("parallel.tensor_parallel_size", "with 8", "memory_gib_per_gpu"),
+        ("train.train_tokens", "with 40,000,000,000,000", "num_steps 3,317,128 -> 6,634,256"),
+        ("precision.bf16_last_layers", "with 4", "products in bf16 8 -> 12"),
+        ("lr.peak", "with 0.0009", "learning rate"),
+        ("train.recompute", "with full", "tokens_per_second_per_gpu"),
+        ("model.vocab_size", "with 262,144", "parameters 12,310,001,152 -> 13,652,178,432"),
+        ("model.num_query_groups", "with 4", "parameters"),
+        ("optim.weight_decay", "with 0.2", "it acts while the run trains"),
+        ("train.micro_batch_size", "with 2", "micro_batches 4 -> 2"),
+        ("lr.decay_tokens", "with 7,200,000,000,000", "learning rate"),
+    ],
+)
+def test_a_neighbouring_value_is_planned(key: str, neighbour: str, told: str) -> None:
+    """Fails if the change that a key makes to this run is not shown."""
+    assert told in explained(key)[neighbour]
+
+
+def test_a_neighbour_that_is_refused_says_why() -> None:
+    """Fails if an impossible neighbour is passed over, or ends the answer."""
+    assert explained("lr.schedule")["with constant"].startswith("refused: lr.")
+
+
+def test_the_change_is_that_of_planning_the_neighbour() -> None:
+    """Fails if numbers of the explanation are not those of the run with that value."""
+    plan = plan_run(load_config([f"experiment={NANO}", "train.global_batch_size=368"]), 736)
+    rows = explained("train.global_batch_size")
+    assert f"num_steps 3,317,128 -> {plan.num_steps:,}" in rows["with 368"]
+
+
+def test_every_key_has_words_of_its_own() -> None:
+    """Fails if a key is added whose comment, which is all the manual there is, is missing."""
+    silent = {info.key for info in describe_keys() if not info.comment and "[]" not in info.key}
+    assert silent <= {"parallel.context_parallel_size", "log.wandb"}
+
+
+@pytest.mark.parametrize("key", ["run.dir", "log.wandb", "data.phases", "data.sources[].name", "train.batch_schedule"])
+def test_keys_without_neighbouring_numbers_are_explained(key: str) -> None:
+    """Fails if text, a list, or a key inside a list's elements ends in a traceback."""
+    assert explained(key)["type"]
+
+
+def test_a_list_is_not_written_out() -> None:
+    """Fails if the blend of three phases buries the answer."""
+    assert explained("data.phases")["here"] == "3 entries"

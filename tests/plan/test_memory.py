@@ -1,0 +1,108 @@
+"""Memory of a GPU: against peaks measured on H200s, Megatron-Core's schedules, and what must hold for any layout."""
+
+import pytest
+
+from nemotron_train.plan.memory import GIB, RankMemory, most_in_flight, plan_memory, rank_parameters
+from nemotron_train.plan.run_plan import RunPlan, plan_run
+from tests.plan import simulated_pipeline
+from tests.plan.small import experiment_with
+
+NANO = "nemotron_nano_12b_v2"
+SLICE = (
+    "model.layer_pattern=M-M-M-M*-M-M-M-M*-", "parallel.tensor_parallel_size=1", "parallel.sequence_parallel=false",
+    "train.global_batch_size=1",
+)  # fmt: skip
+ALL_IN_FP8 = ("precision.bf16_first_layers=0", "precision.bf16_last_layers=0")
+ALL_IN_BF16 = ("precision.format=bf16", *ALL_IN_FP8)
+TP2_LOW_STATE = (
+    "parallel.tensor_parallel_size=2", "train.global_batch_size=2", "optim.gradients=bf16", "optim.moments=bf16",
+)  # fmt: skip
+FORMATS = {  # as the groups of recipes/precision
+    "bf16": ALL_IN_BF16,
+    "fp8_block": (),
+    "fp8_current": ("precision.format=fp8_current",),
+}
+
+
+def planned(*changes: str, experiment: str = NANO, world_size: int = 1) -> RunPlan:
+    return plan_run(experiment_with(experiment, *changes), world_size)
+
+
+def memory(*changes: str, world_size: int = 1) -> list[RankMemory]:
+    return plan_memory(planned(*changes, world_size=world_size))
+
+
+@pytest.mark.parametrize(("precision", "measured_gib"), [("bf16", 59.6), ("fp8_block", 63.0)])
+def test_the_slice_needs_what_was_measured_on_one_gpu(precision: str, measured_gib: float) -> None:
+    """Fails if a tensor that a layer keeps, a copy of the weights, or the logits are forgotten or counted twice.
+    Measured by benchmarks/train_step.py (2026-11-24) before the first update, when AdamW has no moments yet."""
+    (rank,) = memory(*SLICE, f"precision.format={precision}", *ALL_IN_FP8)
+    assert (rank.forward_backward_peak - rank.moments) / GIB == pytest.approx(measured_gib, rel=0.01)
+
+
+@pytest.mark.parametrize(("precision", "measured_gib"), [("bf16", 105), ("fp8_block", 115), ("fp8_current", 115)])
+def test_the_12b_needs_what_was_measured_on_two_gpus(precision: str, measured_gib: float) -> None:
+    """Fails if the shards of the optimizer, or what its step holds with bf16 moments, are wrong. Measured with
+    Megatron-Core's own model (2026-11-22), whose optimizer is ours."""
+    (rank,) = memory(*TP2_LOW_STATE, *FORMATS[precision], world_size=2)
+    assert rank.peak / GIB == pytest.approx(measured_gib, rel=0.015)
+    assert rank.peak > rank.forward_backward_peak
+
+
+@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 3), (2, 4)])
+@pytest.mark.parametrize("micro_batches", [4, 8, 40])
+def test_in_flight_is_what_megatrons_schedule_holds(pp_size: int, vpp_size: int, micro_batches: int) -> None:
+    """Fails if a rank's warm-up is miscounted, or chunks of different size are taken for one another."""
+    for rank in range(pp_size):
+        kept = [3 + stage * stage + rank for stage in range(vpp_size)]
+        held, most = 0, 0
+        for kind, _, stage in simulated_pipeline.order_of(rank, pp_size, vpp_size, micro_batches):
+            held += kept[stage] if kind == "F" else -kept[stage]
+            most = max(most, held)
+        assert held == 0
+        assert most_in_flight(kept, pp_size, rank, micro_batches) == most
+
+
+@pytest.mark.parametrize("changes", [[], ["parallel.pipeline_parallel_size=2"], ["parallel.tensor_parallel_size=4"]])
+@pytest.mark.parametrize("experiment", ["nemotron_nano_9b_v2", "nemotron_t_8b"])
+def test_ranks_hold_all_parameters_once(changes: list[str], experiment: str) -> None:
+    """Fails if a parameter is on no rank, or on two that should share it. Norms before layers and the last one are
+    whole on every tensor-parallel rank."""
+    plan = planned(*changes, experiment=experiment, world_size=4)
+    tp_size = plan.layout.tensor
+    held = tp_size * sum(rank_parameters(plan, rank) for rank in range(plan.layout.pipeline))
+    repeated = (tp_size - 1) * (len(plan.layers) + 1) * plan.config.model.hidden_size
+    assert held - repeated == plan.sizes.parameters
+
+
+def test_full_recomputation_keeps_the_inputs_of_the_layers_alone() -> None:
+    """Fails if a layer keeps more than its input, or what is computed again is not counted while it is there."""
+    (rank,) = memory("train.recompute=full", world_size=4)
+    residual = 8192 // 4 * 5120 * 2
+    assert rank.activations == (62 + 2) * residual  # two more around the final norm
+    (selective,), (none,) = memory("train.recompute=selective", world_size=4), memory(world_size=4)
+    assert rank.activations < selective.activations < none.activations
+    first_of_two = [
+        memory(f"train.recompute={recompute}", "parallel.pipeline_parallel_size=2", world_size=8)[0]
+        for recompute in ("full", "none")
+    ]
+    assert first_of_two[0].working > first_of_two[1].working
+
+
+def test_optimizer_state_is_split_over_data_and_context_parallel_ranks() -> None:
+    """Fails if replicas, or ranks that share a sample, each hold the whole state."""
+    (one,), (many,) = memory(world_size=4), memory("train.global_batch_size=64", world_size=64)
+    assert many.moments == pytest.approx(one.moments / 16)
+    assert many.weights == one.weights
+    (shared,) = memory("parallel.context_parallel_size=16", world_size=64)
+    assert shared.moments == many.moments
+    assert shared.activations == pytest.approx(many.activations / 16, rel=0.001)
+
+
+def test_fp8_saves_activations_and_costs_copies_of_the_weights() -> None:
+    """Fails if layers that stay in bf16 are counted as FP8, or the other way round."""
+    (bf16,), (some,), (every,) = (memory(*SLICE, *precision) for precision in (ALL_IN_BF16, (), ALL_IN_FP8))
+    assert bf16.activations > some.activations > every.activations
+    mamba, attention, mlp = 5120 * (22656 + 10240), 5120 * (7168 + 5120), 2 * 5120 * 20480
+    # Mamba and MLP at the start, attention and MLP at the end; two copies of each weight.
+    assert every.fp8_weights - some.fp8_weights == 2 * (mamba + mlp + attention + mlp)

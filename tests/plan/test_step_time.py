@@ -1,0 +1,116 @@
+"""Times of a step: against what was measured on one and two H200s, and a pipeline run event by event."""
+
+import random
+
+import pytest
+
+from nemotron_train.config.schema import PrecisionFormat
+from nemotron_train.plan.layer_times import layer_seconds
+from nemotron_train.plan.measured import H100, H200, LAYER_MS
+from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.step_time import bubble_seconds, plan_time, slowest_rank, step_time
+from tests.plan import simulated_pipeline
+from tests.plan.test_memory import ALL_IN_FP8, FORMATS, SLICE, TP2_LOW_STATE, planned
+
+MEASURED_FORMATS = (PrecisionFormat.bf16, PrecisionFormat.fp8_block, PrecisionFormat.fp8_current)
+
+
+@pytest.mark.parametrize("kind", LayerKind)
+@pytest.mark.parametrize("format", MEASURED_FORMATS)
+def test_a_layer_of_the_measured_shape_takes_the_measured_time(kind: LayerKind, format: PrecisionFormat) -> None:
+    """Fails if parting a layer's time into kinds of work loses some of it."""
+    config = planned(*SLICE).config
+    assert layer_seconds(kind, format, config, 8192, H200).total == pytest.approx(LAYER_MS[kind][format] * 1e-3)
+
+
+def test_four_times_the_tokens_take_four_times_as_long_and_attention_longer() -> None:
+    """Fails if a part does not grow with the tokens, or attention does not grow with the square of a sample."""
+    config = planned(*SLICE).config
+    for kind in LayerKind:
+        short, long = (layer_seconds(kind, PrecisionFormat.bf16, config, length, H200) for length in (8192, 32768))
+        assert long.products == pytest.approx(4 * short.products)
+        assert long.core == pytest.approx((16 if kind is LayerKind.attention else 4) * short.core)
+        assert long.elementwise == pytest.approx(4 * short.elementwise)
+
+
+@pytest.mark.parametrize(("precision", "measured_ms"), [("bf16", 403), ("fp8_block", 341)])
+def test_a_step_of_the_slice_takes_what_was_measured(precision: str, measured_ms: float) -> None:
+    """Fails if output layer, optimizer or a layer is off. Measured by benchmarks/train_step.py (2026-11-24); a pass
+    over the gradients that was in it (9 ms) is gone."""
+    plan = planned(*SLICE, f"precision.format={precision}", *ALL_IN_FP8)
+    assert step_time(plan, plan.batches.segments[0], H200).total * 1e3 == pytest.approx(measured_ms - 9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tokens_per_second"), [("bf16", 6302), ("fp8_block", 6994), ("fp8_current", 7385)]
+)
+def test_the_12b_on_two_gpus_runs_as_measured(precision: str, tokens_per_second: float) -> None:
+    """Fails if tensor parallelism costs less or more than it did (Megatron-Core's own model, 2026-11-22)."""
+    timed = plan_time(planned(*TP2_LOW_STATE, *FORMATS[precision], world_size=2))
+    assert timed.tokens_per_second_per_gpu == pytest.approx(tokens_per_second, rel=0.02)
+
+
+@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 4)])
+def test_waiting_in_a_pipeline_is_that_of_running_it(pp_size: int, vpp_size: int) -> None:
+    """Fails if the bubble is not what Megatron-Core's order of passes leaves: exact for equal chunks, a little too much
+    for chunks as uneven as layers make them."""
+    for micro_batches in (8, 32):
+        equal = [1.0] * (pp_size * vpp_size)
+        exact = simulated_pipeline.seconds(equal, pp_size, micro_batches)
+        assert _estimate(equal, pp_size, micro_batches) == pytest.approx(exact)
+        for seed in range(5):
+            dice = random.Random(seed)
+            uneven = [dice.uniform(0.95, 1.05) for _ in equal]
+            simulated = simulated_pipeline.seconds(uneven, pp_size, micro_batches)
+            assert -0.01 < _estimate(uneven, pp_size, micro_batches) / simulated - 1 < 0.05
+
+
+def _estimate(chunks: list[float], pp_size: int, micro_batches: int) -> float:
+    slowest = slowest_rank(chunks, pp_size, micro_batches)
+    return micro_batches * sum(chunks[slowest::pp_size]) + bubble_seconds(chunks, pp_size, slowest)
+
+
+def test_a_run_is_the_sum_of_its_steps() -> None:
+    """Fails if a segment of the batch schedule, or a phase of longer samples, is timed as another one."""
+    longer = [
+        "train.batch_schedule=[{start_tokens: 1_006_632_960, global_batch_size: 48}]",
+        "data.phases=[{start_tokens: 0, weights: [{source: code, weight: 1.0}]}, {start_tokens: 1_006_632_960, "
+        "seq_length: 131072, weights: [{source: code, weight: 1.0}]}]",
+        "data.sources=[{name: code, prefixes: [code]}]", "train.train_tokens=2_013_265_920",
+        "lr.schedule=constant", "lr.min=null", "lr.decay_tokens=null", "lr.decay_shape=null", "lr.warmup_tokens=0",
+        "train.global_batch_size=768",
+    ]  # fmt: skip
+    plan = planned(*longer, world_size=16)
+    first, second = plan.batches.segments
+    by_hand = 160 * (step_time(plan, first, H200).total + step_time(plan, second, H200).total)
+    assert plan_time(plan).days * 86_400 == pytest.approx(by_hand)
+    assert step_time(plan, second, H200).total > 1.2 * step_time(plan, first, H200).total
+
+
+def test_what_is_bound_by_memory_is_slower_on_an_h100() -> None:
+    """Fails if the card makes no difference, or matrix products are slowed with it."""
+    config = planned(*SLICE).config
+    ours, theirs = (layer_seconds(LayerKind.mamba, PrecisionFormat.bf16, config, 8192, gpu) for gpu in (H200, H100))
+    assert theirs.core == pytest.approx(ours.core * 4.8 / 3.35)
+    assert theirs.products == ours.products
+
+
+def _seconds(changes: list[str], world_size: int) -> float:
+    plan = planned(*changes, world_size=world_size)
+    return step_time(plan, plan.batches.segments[0], H200).total
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "world_size"),
+    [
+        (["train.recompute=full"], ["train.recompute=none"], 8),
+        (["parallel.overlap_grad_reduce=false"], [], 736),
+        ([], ["parallel.overlap_param_gather=true"], 736),
+        (["parallel.tensor_parallel_size=8"], ["parallel.tensor_parallel_size=2"], 8),
+        (["parallel.pipeline_parallel_size=2"], [], 8),
+        (["parallel.context_parallel_size=2"], [], 8),
+    ],
+)
+def test_what_costs_time_costs_time(slow: list[str], fast: list[str], world_size: int) -> None:
+    """Fails if recomputation, exposed traffic, finer splitting or a bubble is free."""
+    assert _seconds(slow, world_size) > 1.005 * _seconds(fast, world_size)
