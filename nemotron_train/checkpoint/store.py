@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron_train.checkpoint.commit import Commit, commit_folder, read_commit, start_folder
 from nemotron_train.checkpoint.resume import checkpoints_folder, model_facts
+from nemotron_train.checkpoint.weights_only import holds_only_weights
 from nemotron_train.config.load import fingerprint
 from nemotron_train.engine.groups import from_rank_zero
 from nemotron_train.engine.optimizer import allocate_state
@@ -72,6 +73,9 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
 def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None]) -> Commit:
     """Load weights, master weights and moments from a checkpoint written under any layout.
 
+    One without optimizer state (`weights_only.py`) leaves the moments as they are and makes its weights the master
+    weights.
+
     Args:
         check: raises if the run must not go on from this commit; called before anything is loaded.
 
@@ -80,14 +84,18 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     """
     commit = read_commit(folder)
     check(commit)
-    state = sharded_state(run, is_loading=True)
+    only_weights = holds_only_weights(commit)
+    state = sharded_weights(run) if only_weights else sharded_state(run, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder))
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"Cannot load {folder}: {error}") from error
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
-    run.optimizer.load_state_dict(loaded["optimizer"])
+    if only_weights:
+        run.optimizer.reload_model_params()
+    else:
+        run.optimizer.load_state_dict(loaded["optimizer"])
     return commit
 
 
@@ -95,15 +103,24 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     """The state of a run as Megatron-Core shards it: one entry per model chunk, and the optimizer."""
     if is_loading:
         allocate_state(run.optimizer)
-    metadata = {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
-    state: dict[str, Any] = {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)
-    }
+    metadata, state = _metadata(run), sharded_weights(run)
     model_state = {
         f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()
     }
     state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def sharded_weights(run: Runtime) -> dict[str, Any]:
+    """One entry per model chunk."""
+    return {
+        f"model{index}": chunk.module.sharded_state_dict(metadata=_metadata(run))
+        for index, chunk in enumerate(run.chunks)
+    }
+
+
+def _metadata(run: Runtime) -> dict[str, Any]:
+    return {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
 
 
 def _stored_metadata() -> dict[str, Any]:

@@ -4,7 +4,6 @@ One table serves both directions. Written are the keys of the released models (`
 transformers and the code beside the released weights read); read is whatever transformers reads.
 """
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ def hugging_face_config(
 
 
 def model_section(config: NemotronHConfig) -> ModelSection:
-    """Return the model that a Hugging Face configuration describes; `initialization` is left at its default.
+    """Return the model that a Hugging Face configuration describes.
 
     Raises:
         ConfigError: it has parts that our model does not have; names all of them.
@@ -110,10 +109,5 @@ def model_section(config: NemotronHConfig) -> ModelSection:
     values = {ours: getattr(config, theirs) for ours, theirs in SAME.items()}
     # The first released configurations call it so, and transformers keeps it as a key it does not know.
     values["attention_head_dim"] = getattr(config, "attention_head_dim", values["attention_head_dim"])
-    return ModelSection(**values)
-
-
-def recipe_keys(model: ModelSection) -> dict[str, Any]:
-    """Return the keys a model recipe states: those without a default, and those that differ from it."""
-    values = {field.name: (getattr(model, field.name), field.default) for field in fields(model)}
-    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
+    rescaled = config.rescale_prenorm_residual
+    return ModelSection(**values, initialization=Initialization.nemotron_h if rescaled else Initialization.gpt)

@@ -1,10 +1,9 @@
 """Reads the weights of a checkpoint one parameter at a time, in one process and whatever layout wrote it.
 
-`checkpoint.whole_weights` reads all of them at once; this is for models that do not fit into memory.
+`whole_weights.py` reads all of them at once; this is also for models that do not fit into memory.
 """
 
 import warnings
-from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,16 @@ _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, CheckpointException
 
 
 class StoredWeights:
-    """The parameters of one complete checkpoint; every one of `names` is there, and no other."""
+    """The parameters of one complete checkpoint, packed ones as the mixer holds them on one rank."""
 
-    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         """Read the checkpoint's table of contents.
 
         Raises:
-            CheckpointError: the folder is no complete checkpoint, or holds other parameters than `names`.
+            CheckpointError: the folder is no complete checkpoint, or lacks a part of a packed parameter.
         """
         read_commit(folder)
-        self._folder = folder
+        self.folder = folder
         try:
             self._reader = _IndexedReader(folder)
         except _READ_ERRORS as error:
@@ -43,45 +42,66 @@ class StoredWeights:
             for key, entry in self._reader.contents.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
         }
-        self._keys = {name: self._stored_under(name) for name in names}
-        wanted = {key for keys in self._keys.values() for key in keys}
-        lacking, left_over = sorted(wanted - self._entries.keys()), sorted(self._entries.keys() - wanted)
+        self._keys = {name: _stored_under(name) for name in dict.fromkeys(map(parameter_of, self._entries))}
+        lacking = sorted({key for keys in self._keys.values() for key in keys} - self._entries.keys())
+        if lacking:
+            raise CheckpointError(f"{folder} lacks parts of parameters: {lacking[:3]} ({len(lacking)} in all).")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._keys)
+
+    def check_names(self, expected: set[str]) -> None:
+        """Raise CheckpointError unless the parameters are just those of the model that `COMMIT.json` describes."""
+        lacking, left_over = sorted(expected - self._keys.keys()), sorted(self._keys.keys() - expected)
         if lacking or left_over:
             raise CheckpointError(
-                f"{folder} does not hold the model that its COMMIT.json describes: it lacks {lacking[:3]} "
+                f"{self.folder} does not hold the model that its COMMIT.json describes: it lacks {lacking[:3]} "
                 f"({len(lacking)} in all) and has {left_over[:3]} ({len(left_over)} in all) besides."
             )
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[self._keys[name][0]].properties.dtype
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        sizes = [self._entries[key].size for key in self._keys[name]]
+        return (sum(size[0] for size in sizes), *sizes[0][1:])
+
     def num_elements(self, name: str) -> int:
-        return sum(prod(self._entries[key].size) for key in self._keys[name])
+        return prod(self.shape(name))
 
     def num_bytes(self, name: str) -> int:
         return self.num_elements(name) * self.dtype(name).itemsize
 
     def read(self, name: str) -> Tensor:
-        """Return one parameter, a packed one as the mixer holds it on one rank.
+        """Return one parameter.
 
         Raises:
             CheckpointError: its files are damaged.
         """
-        entries = {key: self._entries[key] for key in self._keys[name]}
-        stored = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        keys = self._keys[name]
+        # Parts are read into their rows of the whole: it exists once, and beside it what was read of one file.
+        rows = whole.split([self._entries[key].size[0] for key in keys]) if len(keys) > 1 else [whole]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
             try:
-                load(stored, storage_reader=self._reader, no_dist=True)
+                load(dict(zip(keys, rows, strict=True)), storage_reader=self._reader, no_dist=True)
             except _READ_ERRORS as error:
-                raise CheckpointError(f"Cannot read {name} from {self._folder}: {error}") from error
-        parts = list(stored.values())
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+                raise CheckpointError(f"Cannot read {name} from {self.folder}: {error}") from error
+        return whole
 
-    def _stored_under(self, name: str) -> list[str]:
-        """The keys a parameter is stored under: its name, or one for each packed part."""
-        parts = rule_for(name).parts
-        return [f"{name}.{PART_NAMES[part]}" for part in parts] if parts and name not in self._entries else [name]
+
+def parameter_of(key: str) -> str:
+    """The parameter that a key holds, or a part of: `….in_proj.weight` for `….in_proj.weight.z`."""
+    name, _, part = key.rpartition(".")
+    return name if part in PART_NAMES.values() and name.endswith(("weight", "bias")) else key
+
+
+def _stored_under(name: str) -> list[str]:
+    """The keys a parameter is stored under: its name, or one for each packed part."""
+    parts = rule_for(name).parts
+    return [f"{name}.{PART_NAMES[part]}" for part in parts] if parts else [name]
 
 
 class _IndexedReader(FileSystemReader):
