@@ -23,7 +23,7 @@ LEVELS = [
     {"checkpoint", "observe"},
     {"forward", "step", "evaluate"},
     {"trainer"},
-    {"train", "convert"},
+    {"train", "convert", "generate"},  # generate reads checkpoints, and stands beside the other commands
 ]
 # Edges between parts of one level, with the reason.
 SIDEWAYS = {

@@ -9,6 +9,7 @@ from torch import Tensor
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.checkpoint.stored_weights import StoredWeights
 from nemotron_train.errors import CheckpointError
+from nemotron_train.model.names import rule_for
 from nemotron_train.model.reference.hybrid_model import HybridModel
 from nemotron_train.model.reference.sizes import ReferenceSizes
 
@@ -24,7 +25,8 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_reference_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> HybridModel:
-    """Return the reference model with a checkpoint's weights, one parameter after the other made `dtype`.
+    """Return the reference model with a checkpoint's weights, one after the other made `dtype` (float32 at least where training
+    keeps them so).
 
     Raises:
         CheckpointError: the folder is no complete checkpoint, damaged, or holds another model than it says.
@@ -37,7 +39,12 @@ def read_reference_model(folder: Path, dtype: torch.dtype, device: torch.device 
     stored.check_names(set(shapes))
     for name, shape in shapes.items():
         if stored.shape(name) != shape:
-            raise CheckpointError(f"{name} in {folder} has the shape {stored.shape(name)}; its COMMIT.json says {shape}.")
-    weights = {name: stored.read(name).to(device=device, dtype=dtype) for name in shapes}
+            raise CheckpointError(
+                f"{name} in {folder} has the shape {stored.shape(name)}; its COMMIT.json says {shape}."
+            )
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = {
+        name: stored.read(name).to(device=device, dtype=wide if rule_for(name).float32 else dtype) for name in shapes
+    }
     model.load_state_dict(weights, assign=True)
     return model.eval()

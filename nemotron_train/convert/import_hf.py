@@ -5,9 +5,7 @@ precision of the files; one parameter at a time is in memory. The optimizer of a
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +14,6 @@ from transformers import NemotronHConfig
 
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.convert.hf_config import NO_FLOOR, model_section, names_of
-from nemotron_train.convert.hf_names import HfNames
 from nemotron_train.convert.new_run import (
     RECIPE,
     TOKENIZER,
@@ -127,9 +124,7 @@ class ImportedWeights:
             theirs = self._names.to_hugging_face({name: torch.empty(shape) for name, shape in self._shapes.items()})
         repeated = {_HEAD} if model.tied_embeddings else set()
         self._files.check({name: tuple(tensor.shape) for name, tensor in theirs.items()}, optional=repeated)
-        if repeated & set(self._files.names) and not torch.equal(
-            self._files.read(_HEAD), self._files.read(_EMBEDDING)
-        ):
+        if repeated & set(self._files.names) and not torch.equal(self._files.read(_HEAD), self._files.read(_EMBEDDING)):
             raise CheckpointError(
                 f"{folder} says tie_word_embeddings=true, but lm_head.weight is another matrix than the embedding. "
                 "Set it to false in config.json to keep both."

@@ -60,5 +60,7 @@ def one_architecture(first: Path, second: Path) -> ModelSection:
         if ours.get(key) != theirs.get(key)
     ]
     if different:
-        raise ConfigError(f"{first} and {second} are of different models: {'; '.join(different)}. Choose two of one model.")
+        raise ConfigError(
+            f"{first} and {second} are of different models: {'; '.join(different)}. Choose two of one model."
+        )
     return ModelSection(**ours)  # type: ignore[arg-type]

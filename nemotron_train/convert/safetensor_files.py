@@ -86,7 +86,9 @@ class TensorFiles:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"Cannot read {path}: {error}. Copy it again.") from error
             except KeyError as error:
-                raise CheckpointError(f"{name} in {path} is stored as {error}, only {', '.join(_DTYPES)} are known.") from error
+                raise CheckpointError(
+                    f"{name} in {path} is stored as {error}, only {', '.join(_DTYPES)} are known."
+                ) from error
 
     @property
     def names(self) -> list[str]:
