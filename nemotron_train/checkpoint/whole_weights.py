@@ -25,8 +25,7 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_reference_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> HybridModel:
-    """Return the reference model with a checkpoint's weights, one after the other made `dtype` (float32 at least where training
-    keeps them so).
+    """Return the reference model with a checkpoint's weights in `dtype`; those that training keeps in float32 stay so.
 
     Raises:
         CheckpointError: the folder is no complete checkpoint, damaged, or holds another model than it says.

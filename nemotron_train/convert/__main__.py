@@ -1,4 +1,4 @@
-"""`python -m nemotron_train.convert export-hf | import-hf | merge`: models to and from Hugging Face's format, and merged.
+"""`python -m nemotron_train.convert export-hf | import-hf | merge`: models to and from Hugging Face, and merged ones.
 
 What needs transformers and safetensors, which training does not, is loaded only once both are known to be there.
 """

@@ -1,4 +1,4 @@
-"""`merge`: the weights of two checkpoints of one architecture, interpolated -> a checkpoint of step 0 in a new run folder.
+"""`merge`: the weights of two checkpoints of one architecture -> a checkpoint of step 0 in a new run folder.
 
 Each weight becomes (1 - w) first + w second, computed in float32 and stored in the precision of the first. Nemotron
 Nano 2 (arXiv 2508.14444) was made so from two stages of alignment, w about 0.5. One parameter of each checkpoint at a

@@ -2,8 +2,8 @@
 
 Sequences of a batch have different lengths: each keeps its keys at its own places, and looks at no others.
 
-Shapes: B sequences of the batch, S tokens of the prompt, T tokens that the cache has room for, D hidden, G query groups,
-Q query heads of a group, P head dim.
+Shapes: B sequences of the batch, S tokens of the prompt, T tokens that the cache has room for, D hidden, G query
+groups, Q query heads of a group, P head dim.
 """
 
 import torch

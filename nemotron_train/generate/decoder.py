@@ -1,8 +1,8 @@
 """How does the whole model predict one token after another, reading every token once?
 
-The weights are those of `model/reference/hybrid_model.py`, and so is the mathematics: the logits are those of its forward
-pass over the whole text. A Mamba layer keeps a state of constant size, an attention layer a cache of keys and values, an
-MLP layer nothing.
+The weights are those of `model/reference/hybrid_model.py`, and so is the mathematics: the logits are those of its
+forward pass over the whole text. A Mamba layer keeps a state of constant size, an attention layer a cache of keys and
+values, an MLP layer nothing.
 
 Shapes: B sequences of the batch, S tokens of the longest prompt, D hidden, V vocabulary.
 """

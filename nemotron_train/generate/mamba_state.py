@@ -59,9 +59,8 @@ def start(mixer: Mamba2Mixer, x_BSD: Tensor, length_B: Tensor) -> tuple[Tensor, 
     y_SBHP, kept = scan(ScanTensors(x, dt_SBH, A_H, B, C, D_H), _SCAN_CHUNK)
     y = y_SBHP[: x_BSD.shape[1]].flatten(2).transpose(0, 1)
     of_state = (x_BSD.shape[0], sizes.mamba_num_groups, -1, sizes.mamba_head_dim, sizes.mamba_state_dim)
-    state = MambaState(
-        _last_inputs(xBC, length_B, sizes.mamba_conv_kernel), kept.states_KXQN[-1].reshape(of_state).clone()
-    )
+    ssm_BGRPN = kept.states_KXQN[-1].reshape(of_state).clone()  # the rest is let go
+    state = MambaState(_last_inputs(xBC, length_B, sizes.mamba_conv_kernel), ssm_BGRPN)
     return _out(mixer, y, z), state
 
 
@@ -102,7 +101,7 @@ def _parts(mixer: Mamba2Mixer, convolved: Tensor) -> tuple[Tensor, Tensor, Tenso
     of_groups = sizes.mamba_num_groups * sizes.mamba_state_dim
     x, B, C = convolved.split([sizes.mamba_inner_size, of_groups, of_groups], dim=-1)
     x = x.unflatten(-1, (sizes.mamba_num_heads, sizes.mamba_head_dim))
-    return x, *(t.unflatten(-1, (sizes.mamba_num_groups, sizes.mamba_state_dim)) for t in (B, C))  # type: ignore[return-value]
+    return x, *(t.unflatten(-1, (sizes.mamba_num_groups, sizes.mamba_state_dim)) for t in (B, C))
 
 
 def _out(mixer: Mamba2Mixer, y: Tensor, z: Tensor) -> Tensor:

@@ -51,9 +51,8 @@ def pick(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
     Args:
         uniform_B: in [0, 1).
     """
-    probabilities, tokens_BV = (
-        (logits_BV.double() / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
-    )
+    all_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
+    probabilities, tokens_BV = all_BV.sort(descending=True, stable=True)
     upto_BV = probabilities.cumsum(-1)
     kept = (upto_BV - probabilities < sampling.top_p).sum(-1, keepdim=True)  # the likeliest one always is
     place_B1 = uniform_B[:, None] * upto_BV.gather(-1, kept - 1)
