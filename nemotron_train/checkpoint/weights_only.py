@@ -56,7 +56,7 @@ def write_weights_only(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
             # A file for each tensor: torch's writer keeps what it writes into one file in memory until that is closed.
-            writer = FileSystemWriter(folder, single_file_per_rank=False)
+            writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)  # commit_folder does
             save(_meta_parts(contents, model), storage_writer=writer, planner=_Reader(model, read), no_dist=True)
         torch.save({}, folder / "common.pt")  # Megatron-Core's file for what is no tensor
         save_config(CheckpointingConfig("torch_dist"), str(folder))

@@ -1,6 +1,7 @@
 """What are the weights of a checkpoint at Hugging Face, one parameter at a time; do written files hold just those?"""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,8 +52,7 @@ class HfWeights:
         if self._names.tied_embeddings:
             sizes[_EMBEDDING] *= 2
         files = plan_files(sizes, max_bytes)
-        contents = (self._tensors_of_all(names) for names in files)
-        write_files(folder, contents, len(files), total_bytes=sum(sizes.values()))
+        write_files(folder, [partial(self._tensors_of_all, names) for names in files], total_bytes=sum(sizes.values()))
 
     def check(self, folder: Path) -> None:
         """Read the files back and compare every bit with the checkpoint.

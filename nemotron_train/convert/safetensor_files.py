@@ -6,7 +6,7 @@ while loading, and the rest of the package uses its name in memory. Both are rea
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,25 +34,30 @@ def plan_files(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return files
 
 
-def write_files(folder: Path, contents: Iterable[Mapping[str, Tensor]], count: int, *, total_bytes: int) -> None:
-    """Write `count` files, taking the contents of one after the other, and their index.
+def write_files(folder: Path, contents: Sequence[Callable[[], Mapping[str, Tensor]]], *, total_bytes: int) -> None:
+    """Write a file for each of `contents`, which is asked for its tensors only then, and their index.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
     index: dict[str, str] = {}
     for number, tensors in enumerate(contents, start=1):
-        path = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
-        renamed = {_in_file(name): tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(renamed, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"Cannot write {path}: {error}. Check the free space.") from error
-        index.update(dict.fromkeys(renamed, path.name))
+        path = folder / f"model-{number:05d}-of-{len(contents):05d}.safetensors"
+        index.update(dict.fromkeys(_write_file(path, tensors), path.name))
     described = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(index.items()))}
     (folder / INDEX).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for name in set(index.values()):
         shutil.copymode(folder / INDEX, folder / name)  # safetensors makes them readable by their owner only
+
+
+def _write_file(path: Path, contents: Callable[[], Mapping[str, Tensor]]) -> list[str]:
+    """Write one file, whose tensors are let go before the next one's are asked for; returns their names."""
+    tensors = {_in_file(name): tensor.contiguous() for name, tensor in contents().items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot write {path}: {error}. Check the free space.") from error
+    return list(tensors)
 
 
 @dataclass(frozen=True)
