@@ -1,14 +1,16 @@
-"""Writes a checkpoint that holds weights and no optimizer state, from any source and one tensor at a time.
+"""Writes a checkpoint that holds weights and no optimizer state, from any source and one layer at a time.
 
 It is what imported and merged models start from: a run on any layout loads it as any other checkpoint and begins with
-fresh moments; master weights are the stored weights. It needs no process group, and memory for one tensor.
+fresh moments; master weights are the stored weights. It needs no process group, and memory for one layer.
 """
 
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.futures import Future
 
 from nemotron_train.checkpoint.commit import Commit, commit_folder, start_folder
 from nemotron_train.checkpoint.resume import model_facts
@@ -55,8 +58,7 @@ def write_weights_only(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is the intent
-            # A file for each tensor: torch's writer keeps what it writes into one file in memory until that is closed.
-            writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)  # commit_folder does
+            writer = _LayerFiles(folder, sync_files=False)  # commit_folder does
             save(_meta_parts(contents, model), storage_writer=writer, planner=_Reader(model, read), no_dist=True)
         torch.save({}, folder / "common.pt")  # Megatron-Core's file for what is no tensor
         save_config(CheckpointingConfig("torch_dist"), str(folder))
@@ -90,6 +92,24 @@ def _parts(name: str, tensor: Tensor, model: ModelSection) -> dict[str, Tensor]:
 
 def _meta_parts(contents: Mapping[str, Tensor], model: ModelSection) -> dict[str, Any]:
     return {key: part for name, tensor in contents.items() for key, part in _parts(name, tensor, model).items()}
+
+
+class _LayerFiles(FileSystemWriter):
+    """Writes a file for each layer: torch's writer keeps what it writes into one file until that is closed."""
+
+    def write_data(self, plan: Any, planner: Any) -> Future:
+        results = []
+        for number, (_, items) in enumerate(groupby(plan.items, lambda item: _layer_of(item.index.fqn))):
+            prefix = replace(plan.storage_data, prefix=f"__{number}_")
+            results += super().write_data(replace(plan, items=list(items), storage_data=prefix), planner).value()
+        written: Future = Future()
+        written.set_result(results)
+        return written
+
+
+def _layer_of(key: str) -> str:
+    """`decoder.layers.3` for what belongs to that layer, else the key itself."""
+    return ".".join(key.split(".")[:3]) if key.startswith("decoder.layers.") else key
 
 
 class _Reader(DefaultSavePlanner):
