@@ -78,7 +78,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
 
 def test_weights_go_both_ways_and_losses_are_the_same() -> None:
     """Fails if a parameter has another name, shape, packing or meaning than in Megatron-Core's own hybrid model."""
-    config = load_config([*MODEL, "precision=bf16", f"train.seq_length={SEQ}"])
+    config = load_config([*MODEL, "precision=bf16", "train.micro_batch_size=2", f"train.seq_length={SEQ}"])
     me = launched_rank()
     plan, platform = plan_run(config, 1), choose_platform(me)
 
