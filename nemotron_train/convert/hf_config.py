@@ -44,6 +44,17 @@ FIXED: dict[str, Any] = {
     "sliding_window": None,
     "num_nextn_predict_layers": 0,
 }
+# What the released configurations say besides, and a training run here does not decide.
+RELEASED: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "residual_in_fp32": False,
+    "time_step_max": 0.1,
+    "time_step_floor": 1e-4,
+    "num_logits_to_keep": 1,
+    "use_cache": True,
+    "use_mamba_kernels": True,
+}
 # transformers takes time_step_min, made for choosing the first dt_bias, as a floor of dt in the forward pass. Neither
 # Megatron-Core nor the code beside the released weights has a floor. 0 would be the same as none, but transformers
 # takes its logarithm while it builds a model.
@@ -77,10 +88,11 @@ def hugging_face_config(
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
-        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
         **values,
         "num_hidden_layers": len(values["hybrid_override_pattern"]),
         **FIXED,
+        **RELEASED,
         "time_step_min": NO_FLOOR,
         "rescale_prenorm_residual": model.initialization is Initialization.nemotron_h,
         **({"max_position_embeddings": max_length} if max_length else {}),
