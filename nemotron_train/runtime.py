@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nemotron_train.engine.groups import Groups
 from nemotron_train.engine.optimizer import Optimizer
@@ -26,4 +27,12 @@ class Progress:
     step: int = 0  # optimizer steps taken
     consumed_tokens: int = 0  # by those steps
     skipped_steps: int = 0  # of them, those whose gradient was not finite
+    skipped_at: tuple[int, ...] = ()  # the last of those steps, by number
     origin: str | None = None  # the checkpoint of another run that this run started from
+    changes: tuple[dict[str, Any], ...] = ()  # of the configuration on resume: step, consumed_tokens, changed
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps up to this one that were skipped, without one between them that was not."""
+        missed = set(self.skipped_at)
+        return next(count for count in range(len(missed) + 1) if self.step - count not in missed)

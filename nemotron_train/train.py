@@ -5,8 +5,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TextIO
 
+from nemotron_train.checkpoint.lock import lock_run_folder
 from nemotron_train.config.load import fingerprint, load_config
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
@@ -50,35 +53,38 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
     plan = plan_run(config, me.world_size)
     logger.info("%s", describe(plan))
     data = open_run_data(config)
-    if me.rank == 0:
-        check_writable(Path(config.run.dir))
+    lock = lock_writable(Path(config.run.dir)) if me.rank == 0 else nullcontext()
     platform = choose_platform(me)
     check_support(config, platform)
     stop = StopRequest()
     stop.listen()
-    with process_groups(
-        plan.layout,
-        platform,
-        me,
-        timeout_seconds=config.parallel.timeout_seconds,
-        seed=config.run.seed,
-        fingerprint=fingerprint(config) + data.blend.past_hash(plan.batches.consumed_at_end),
-    ) as groups:
+    with (
+        lock,
+        process_groups(
+            plan.layout,
+            platform,
+            me,
+            timeout_seconds=config.parallel.timeout_seconds,
+            seed=config.run.seed,
+            fingerprint=fingerprint(config) + data.blend.past_hash(plan.batches.consumed_at_end),
+        ) as groups,
+    ):
         runtime = build_runtime(plan, platform, groups)
         finished = Trainer(runtime, data, stop, is_reporter=me.rank == 0).train()
     return 0 if finished else EXIT_REQUEUE
 
 
-def check_writable(run_dir: Path) -> None:
-    """Make the run folder.
+def lock_writable(run_dir: Path) -> TextIO:
+    """Make the run folder, and take it for this run while the returned file is open.
 
     Raises:
-        ConfigError: it cannot be made, or nothing can be written into it.
+        ConfigError: it cannot be made, nothing can be written into it, or another run is using it.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
+        return lock_run_folder(run_dir)
     except OSError as error:
         raise ConfigError(f"run.dir={run_dir} cannot be written: {error}. Choose another run.dir.") from error
 

@@ -5,22 +5,29 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from nemotron_train.checkpoint.commit import Commit, DamagedCheckpoint
 from nemotron_train.checkpoint.resume import (
     check_lengths_change_between_steps,
     check_may_resume,
+    checkpoints_folder,
     choose_checkpoint,
-    origin_of,
+    is_own,
+    move_aside,
+    progress_of,
 )
-from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint
+from nemotron_train.checkpoint.retention import sweep
+from nemotron_train.checkpoint.saver import Saver
+from nemotron_train.checkpoint.store import load_checkpoint
 from nemotron_train.config.load import write_resolved
 from nemotron_train.data.batch import Batch, RankShare
 from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
-from nemotron_train.engine.groups import Groups, any_rank, from_rank_zero
+from nemotron_train.engine.groups import Groups, any_rank_each, from_rank_zero
 from nemotron_train.engine.layer_parts import choose_layer_parts
 from nemotron_train.engine.mcore_config import (
     build_ddp_config,
@@ -35,6 +42,7 @@ from nemotron_train.evaluate import evaluate
 from nemotron_train.loss import MeanLoss
 from nemotron_train.model.build import build_model_chunks
 from nemotron_train.observe.jsonl_writer import read_records
+from nemotron_train.observe.metrics import Record
 from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
@@ -76,7 +84,6 @@ class Trainer:
             micro_batch_size=self.config.train.micro_batch_size,
         )
         self.saved_step: int | None = None
-        self.skipped_in_a_row = 0
         self.ledger = ConsumptionLedger(Path(self.config.run.dir), data.blend) if is_reporter else None
 
     def train(self) -> bool:
@@ -109,20 +116,29 @@ class Trainer:
             writers.close()
 
     def resume(self) -> Progress:
-        """Load the checkpoint that `checkpoint.resume` names; without one, start from nothing."""
-        folder = from_rank_zero(lambda: choose_checkpoint(self.config))
-        if folder is None:
-            return Progress()
-        commit = load_checkpoint(self.run, folder, lambda found: check_may_resume(found, self.config, self.data.blend))
+        """Load the checkpoint that `checkpoint.resume` names; without one, start from nothing. A damaged one of the
+        run's own is moved aside, and the one before it loaded."""
+        from_rank_zero(lambda: sweep(checkpoints_folder(self.config)))
+        while (folder := from_rank_zero(lambda: choose_checkpoint(self.config))) is not None:
+            try:
+                return self.go_on_from(folder)
+            except DamagedCheckpoint as damage:
+                if not is_own(folder, self.config):
+                    raise
+                from_rank_zero(partial(move_aside, folder, damage))
+        return Progress()
+
+    def go_on_from(self, folder: Path) -> Progress:
+        is_new_run = not is_own(folder, self.config)
+
+        def check(commit: Commit) -> None:
+            check_may_resume(commit, self.config, self.data.blend, is_new_run=is_new_run)
+
+        commit = load_checkpoint(self.run, folder, check)
         check_lengths_change_between_steps(self.batch_plan, commit.consumed_tokens)
         self.saved_step = commit.step
         logger.info("Going on from %s: step %d, %s tokens.", folder, commit.step, f"{commit.consumed_tokens:,}")
-        return Progress(
-            step=commit.step,
-            consumed_tokens=commit.consumed_tokens,
-            skipped_steps=commit.skipped_steps,
-            origin=origin_of(folder, commit, self.config),
-        )
+        return progress_of(commit, folder, self.config)
 
     def open_writers(self, progress: Progress) -> Writers:
         if not self.is_reporter:
@@ -139,6 +155,7 @@ class Trainer:
             num_ranks=self.run.plan.layout.world_size,
             train_tokens=train.train_tokens,
         )
+        saver = Saver(self.run, self.data.blend.past_hash, writers.event, self.saved_step)
         while progress.step < last_step:
             timer.start()
             micro_batches = [
@@ -155,14 +172,17 @@ class Trainer:
                 flops_per_token=self.run.plan.flops_per_token_at(before.consumed_tokens),
             )
 
-            stopped = any_rank(self.stop.signal_name is not None, self.run.platform.device)
+            stopped, is_writing, retry = any_rank_each(
+                (self.stop.signal_name is not None, *saver.signals()), self.run.platform.device
+            )
             at_end = progress.step == last_step
             if progress.step % self.config.log.every_steps == 0 or at_end or stopped:
-                writers.write(self.step_record(before, progress, result, speed))
-                if self.ledger is not None:
-                    self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
-            if is_due(self.config.checkpoint.every_steps, progress.step) or at_end or stopped:
-                self.save(progress, writers)
+                self.log_step(writers, before, progress, self.step_record(before, progress, result, speed))
+            if at_end or stopped:
+                saver.save_last(progress)
+            else:
+                due = retry or is_due(self.config.checkpoint.every_steps, progress.step)
+                saver.after_step(progress, is_busy=is_writing, is_due=due)
             if (is_due(train.eval_every_steps, progress.step) and not stopped) or at_end:
                 self.evaluate_and_draw(progress, writers)
             if stopped and not at_end:
@@ -172,6 +192,15 @@ class Trainer:
                 )
                 return False
         return True
+
+    def log_step(self, writers: Writers, before: Progress, progress: Progress, record: Record) -> None:
+        """Write what a step did; a disk that is full or gone for a while is no reason to stop training."""
+        try:
+            writers.write(record)
+            if self.ledger is not None:
+                self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
+        except OSError as error:
+            logger.error("Cannot log step %d: %s", progress.step, error)
 
     def evaluate_and_draw(self, progress: Progress, writers: Writers) -> None:
         """Measure the held-out loss, if there are held-out shards, and redraw the run's picture."""
@@ -196,22 +225,14 @@ class Trainer:
         except OSError as error:
             logger.warning("Cannot draw %s: %s", folder / "loss.png", error)
 
-    def save(self, progress: Progress, writers: Writers) -> None:
-        if self.saved_step == progress.step:
-            return
-        folder = save_checkpoint(self.run, progress, self.data.blend.past_hash(progress.consumed_tokens))
-        self.saved_step = progress.step
-        writers.event(f"Saved {folder}")
-
     def check_skips(self, result: StepResult, progress: Progress) -> None:
         """Raise NumericsError when more than `max_skipped_steps` steps in a row were skipped."""
-        self.skipped_in_a_row = 0 if result.updated else self.skipped_in_a_row + 1
-        limit = self.config.train.max_skipped_steps
-        if self.skipped_in_a_row > limit:
+        skipped_in_a_row, limit = progress.skipped_in_a_row, self.config.train.max_skipped_steps
+        if skipped_in_a_row > limit:
             raise NumericsError(
-                f"The gradients of {self.skipped_in_a_row} steps in a row, up to step {progress.step}, were not finite "
+                f"The gradients of {skipped_in_a_row} steps in a row, up to step {progress.step}, were not finite "
                 f"(train.max_skipped_steps={limit}). The weights are those of step "
-                f"{progress.step - self.skipped_in_a_row}; lower lr.peak, or look at the data."
+                f"{progress.step - skipped_in_a_row}; lower lr.peak, or look at the data."
             )
 
     def step_record(
@@ -243,6 +264,7 @@ def advance(progress: Progress, step_tokens: int, result: StepResult) -> Progres
         step=progress.step + 1,
         consumed_tokens=progress.consumed_tokens + step_tokens,
         skipped_steps=progress.skipped_steps + (not result.updated),
+        skipped_at=progress.skipped_at if result.updated else (*progress.skipped_at, progress.step + 1)[-1000:],
     )
 
 

@@ -4,16 +4,22 @@ import logging
 from itertools import pairwise
 from pathlib import Path
 
-from nemotron_train.checkpoint.commit import Commit, newest_checkpoint, read_commit
-from nemotron_train.config.schema import ModelSection, RunConfig
+from nemotron_train.checkpoint.commit import (
+    Commit,
+    DamagedCheckpoint,
+    list_checkpoints,
+    quarantine,
+    quarantined,
+    read_commit,
+)
+from nemotron_train.checkpoint.resume_gate import changes_on_resume, check_configuration
+from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.blend import BlendPlan
 from nemotron_train.errors import CheckpointError, ConfigError
 from nemotron_train.plan.batching import BatchPlan
+from nemotron_train.runtime import Progress
 
 logger = logging.getLogger(__name__)
-
-# Keys of the model that change its speed or its first weights, not its shape or function.
-_FREE_MODEL_KEYS = {"mamba_chunk_size", "initialization", "init_std"}
 
 
 def checkpoints_folder(config: RunConfig) -> Path:
@@ -21,7 +27,7 @@ def checkpoints_folder(config: RunConfig) -> Path:
 
 
 def choose_checkpoint(config: RunConfig) -> Path | None:
-    """Follow `checkpoint.resume`.
+    """Follow `checkpoint.resume`. Folders of the run that are no complete checkpoints are moved aside.
 
     Returns:
         the folder to load, or None for a new run. A named folder is where a new run starts; started again, the run goes
@@ -30,16 +36,14 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
     Raises:
         ConfigError: the run folder holds a checkpoint that must not be there: any with `never`, one newer than the
         named one.
-        CheckpointError: the named folder is no complete checkpoint, or the run folder has checkpoints and none is
-        complete.
+        CheckpointError: the named folder is no complete checkpoint, or the run folder has had checkpoints and none is
+        good.
     """
     resume, own = config.checkpoint.resume, checkpoints_folder(config)
-    newest, passed_over = newest_checkpoint(own)
-    for reason in passed_over:
-        logger.warning("Passed over a checkpoint: %s", reason)
-    if newest is None and passed_over:
+    newest = _newest_good(own)
+    if newest is None and (damaged := quarantined(own)):
         raise CheckpointError(
-            f"No checkpoint in {own} is complete. Move them away to start anew: {'; '.join(passed_over)}"
+            f"No checkpoint in {own} is good. Move what is in it away to start anew.\n" + "\n".join(damaged)
         )
     if resume == "auto" or (resume == "never" and newest is None):
         return newest
@@ -49,6 +53,23 @@ def choose_checkpoint(config: RunConfig) -> Path | None:
             "on."
         )
     return _named_or_own(Path(resume), newest)
+
+
+def _newest_good(checkpoints: Path) -> Path | None:
+    for folder in list_checkpoints(checkpoints):
+        try:
+            read_commit(folder)
+        except DamagedCheckpoint as damage:
+            move_aside(folder, damage)
+        else:
+            return folder
+    return None
+
+
+def move_aside(folder: Path, damage: DamagedCheckpoint) -> None:
+    """Take a damaged checkpoint out of the way, so that the next older one is the newest."""
+    aside = quarantine(folder, str(damage))
+    logger.error("Damaged checkpoint, moved to %s: %s", aside, damage)
 
 
 def _named_or_own(named: Path, newest: Path | None) -> Path:
@@ -71,34 +92,51 @@ def _named_or_own(named: Path, newest: Path | None) -> Path:
     return newest
 
 
-def origin_of(folder: Path, commit: Commit, config: RunConfig) -> str | None:
-    """Where a run that loads `folder` started from: that folder, unless it is one of the run's own."""
-    return commit.origin if folder.resolve().parent == checkpoints_folder(config).resolve() else str(folder.resolve())
+def is_own(folder: Path, config: RunConfig) -> bool:
+    """Whether a checkpoint is one of the run's own, and not where a new run starts."""
+    return folder.resolve().parent == checkpoints_folder(config).resolve()
 
 
-def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan) -> None:
-    """Refuse to go on with another model, or with another past of the data stream.
+def check_may_resume(commit: Commit, config: RunConfig, blend: BlendPlan, *, is_new_run: bool) -> None:
+    """Refuse to go on with another configuration, or with another past of the data stream.
 
     Raises:
         CheckpointError: says what differs, both values.
     """
-    asked = model_facts(config.model)
-    different = [
-        f"model.{key}: {commit.model.get(key)!r} then, {value!r} now"
-        for key, value in asked.items()
-        if commit.model.get(key) != value
-    ]
-    if different:
-        raise CheckpointError(f"The checkpoint of step {commit.step} is of another model ({'; '.join(different)}).")
+    check_configuration(commit, config, is_new_run=is_new_run)
     now = blend.past_hash(commit.consumed_tokens)
-    if commit.consumed_tokens and now != commit.data_hash:  # imported weights have no past
-        raise CheckpointError(
-            f"The first {commit.consumed_tokens} tokens would be others now than those the checkpoint of step "
-            f"{commit.step} was trained on "
-            f"(plan hash {commit.data_hash[:12]} then, {now[:12]} now): run.seed, train.seq_length, the sources' "
-            "shards, or a phase that has already begun "
-            "was changed. Restore them; train_tokens and phases that have not begun may change."
+    if not commit.consumed_tokens or now == commit.data_hash:  # imported weights have no past
+        return
+    if is_new_run:
+        logger.warning(
+            "The %s tokens before this checkpoint are not those that this run's data begins with: its own data is read "
+            "from there on.",
+            f"{commit.consumed_tokens:,}",
         )
+        return
+    raise CheckpointError(
+        f"The first {commit.consumed_tokens} tokens would be others now than those the checkpoint of step "
+        f"{commit.step} was trained on "
+        f"(plan hash {commit.data_hash[:12]} then, {now[:12]} now): the sources' shards, or a phase that has already "
+        "begun, were changed. Restore them; phases that have not begun may change."
+    )
+
+
+def progress_of(commit: Commit, folder: Path, config: RunConfig) -> Progress:
+    """Return where a run stands that has loaded a checkpoint, and remember what it does differently from here on."""
+    is_new_run = not is_own(folder, config)
+    changed = changes_on_resume(commit, config, is_new_run=is_new_run)
+    for key, (then, now) in changed.items():
+        logger.warning("Changed after step %d: %s, %s then, %s now.", commit.step, key, then, now)
+    change = {"step": commit.step, "consumed_tokens": commit.consumed_tokens, "changed": changed}
+    return Progress(
+        step=commit.step,
+        consumed_tokens=commit.consumed_tokens,
+        skipped_steps=commit.skipped_steps,
+        skipped_at=tuple(commit.skipped_at),
+        origin=str(folder.resolve()) if is_new_run else commit.origin,
+        changes=(*commit.changes, *([change] if changed else [])),
+    )
 
 
 def check_lengths_change_between_steps(batches: BatchPlan, consumed_tokens: int) -> None:
@@ -119,11 +157,3 @@ def check_lengths_change_between_steps(batches: BatchPlan, consumed_tokens: int)
                 f"{step - before.tokens_per_step} and {step}. Change data.phases[].start_tokens to one of them, or the "
                 "global batch size."
             )
-
-
-def model_facts(model: ModelSection) -> dict[str, object]:
-    """The keys of a model that its weights depend on, as plain values. Pipeline cuts in the pattern are not among
-    them."""
-    facts = {key: value for key, value in vars(model).items() if key not in _FREE_MODEL_KEYS}
-    facts["layer_pattern"] = model.layer_pattern.replace("|", "")
-    return facts

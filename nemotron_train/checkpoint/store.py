@@ -1,36 +1,67 @@
-"""Saves and loads weights and optimizer state through Megatron-Core's `dist_checkpointing` (`torch_dist`), readable
-under any layout."""
+"""Saves and loads the state of a run, all ranks together, under any layout: `torch_dist` files inside a commit."""
 
-import logging
-import queue
+import gc
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemotron_train.checkpoint.commit import Commit, commit_folder, read_commit, start_folder
-from nemotron_train.checkpoint.resume import checkpoints_folder, model_facts
+from nemotron_train.checkpoint.commit import (
+    Commit,
+    check_file,
+    commit_folder,
+    read_commit,
+    start_folder,
+)
+from nemotron_train.checkpoint.optimizer_shards import write_own_shards
+from nemotron_train.checkpoint.resume import checkpoints_folder
+from nemotron_train.checkpoint.resume_gate import model_facts
+from nemotron_train.checkpoint.safe_load import (
+    CONFIG_FILE,
+    check_fp8_state,
+    damage_in,
+    read_common,
+    read_table_of_contents,
+)
+from nemotron_train.checkpoint.torch_dist import (
+    PlannedFiles,
+    WrittenFiles,
+    plan_files,
+    read_files,
+    write_contents,
+    write_files,
+)
 from nemotron_train.checkpoint.weights_only import holds_only_weights
+from nemotron_train.config.keys import plain
 from nemotron_train.config.load import fingerprint
-from nemotron_train.engine.groups import from_rank_zero
+from nemotron_train.engine.groups import from_rank_zero, on_all_ranks
 from nemotron_train.engine.optimizer import allocate_state
 from nemotron_train.engine.wrap import weights_complete
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress, Runtime
 
-logger = logging.getLogger(__name__)
-
 # torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
-_SAVE_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException)
-_LOAD_ERRORS = (*_SAVE_ERRORS, ValueError, KeyError)
+_LOAD_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException, ValueError, KeyError)
+
+
+@dataclass(frozen=True)
+class StartedSave:
+    """A checkpoint that every rank knows its part of, and that nobody has written yet."""
+
+    folder: Path
+    planned: PlannedFiles
+    facts: dict[str, Any]  # of the commit
+    step: int
+
+    def write(self) -> WrittenFiles:
+        """Write this rank's part. Needs no other rank; never raises."""
+        return write_files(self.planned, self.folder)
 
 
 def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
@@ -40,34 +71,55 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
         data_hash: of everything that decided the samples up to now (`BlendPlan.past_hash`).
 
     Raises:
-        CheckpointError: on rank 0, when any rank could not write; the temporary folder is gone then. The others lose
-        their
-            connection to it, or raise what they ran into themselves.
+        CheckpointError: on every rank, when any of them could not write; the temporary folder is gone then.
+    """
+    started = start_save(run, progress, data_hash)
+    return finish_save(started, started.write())
+
+
+def start_save(run: Runtime, progress: Progress, data_hash: str) -> StartedSave:
+    """Make the folder and decide who writes what; training must not go on before `write`, or a fork, has the tensors.
+
+    Raises:
+        CheckpointError: on every rank, when the folder cannot be made.
     """
     config = run.plan.config
     folder = from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
-    try:
-        # Megatron-Core collects its writers' results in a queue that lives in a process of its own. A synchronous save
-        # needs none, and a SIGTERM to the process group would end it just before the save that the signal asks for.
-        filesystem_async._results_queue = queue.Queue()
-        with weights_complete(run.chunks):
-            state = sharded_state(run, is_loading=False)
-            dist_checkpointing.save(state, str(folder), content_metadata=_stored_metadata())
-    except _SAVE_ERRORS as error:
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise CheckpointError(f"Cannot write the checkpoint of step {progress.step} to {folder}: {error}") from error
-    return from_rank_zero(
-        lambda: commit_folder(
-            folder,
-            **asdict(progress),
-            model=model_facts(config.model),
-            config_fingerprint=fingerprint(config),
-            data_hash=data_hash,
-            layout=asdict(run.plan.layout),
-            versions={name: version(name) for name in ("torch", "megatron-core", "numpy")},
-        )
+    with weights_complete(run.chunks):
+        planned = plan_files(sharded_state(run, is_loading=False), _stored_metadata(), folder)
+    facts = dict(
+        **asdict(progress),
+        model=model_facts(config.model),
+        config=plain(config),
+        config_fingerprint=fingerprint(config),
+        data_hash=data_hash,
+        layout=asdict(run.plan.layout),
+        versions={name: version(name) for name in ("torch", "megatron-core", "numpy")},
     )
+    return StartedSave(folder, planned, facts, progress.step)
+
+
+def finish_save(started: StartedSave, written: WrittenFiles) -> Path:
+    """Commit what all ranks wrote.
+
+    Raises:
+        CheckpointError: on every rank, when any of them could not write; the temporary folder is gone then.
+    """
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(written, everyone)
+    return from_rank_zero(lambda: _commit(started, everyone or []))
+
+
+def _commit(started: StartedSave, everyone: list[WrittenFiles]) -> Path:
+    folder = started.folder
+    try:
+        errors = [f"rank {written.rank}: {written.error}" for written in everyone if written.error]
+        if errors:
+            raise CheckpointError("; ".join(errors))
+        return commit_folder(folder, write_contents(started.planned, everyone, folder), **started.facts)
+    except (OSError, CheckpointError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"Cannot write the checkpoint of step {started.step} to {folder}: {error}") from error
 
 
 def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None]) -> Commit:
@@ -80,16 +132,19 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
         check: raises if the run must not go on from this commit; called before anything is loaded.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged, or of another model.
+        DamagedCheckpoint: on every rank, if a file is not what was written, or would run something.
+        CheckpointError: on every rank, if the checkpoint cannot be loaded for another reason, such as another model.
     """
-    commit = read_commit(folder)
+    commit = from_rank_zero(lambda: read_commit(folder))
     check(commit)
+    common, table = on_all_ranks(lambda: _read_small_files(folder, commit))
     only_weights = holds_only_weights(commit)
     state = sharded_weights(run) if only_weights else sharded_state(run, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(state, str(folder))
+        loaded = read_files(state, folder, commit, common, table)
     except _LOAD_ERRORS as error:
-        raise CheckpointError(f"Cannot load {folder}: {error}") from error
+        raise damage_in(error) or CheckpointError(f"Cannot load {folder}: {error}") from error
+    on_all_ranks(lambda: _check_fp8_states(loaded))
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
     if only_weights:
@@ -99,15 +154,35 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     return commit
 
 
+def _read_small_files(folder: Path, commit: Commit) -> tuple[dict[str, Any], Any]:
+    check_file(folder, CONFIG_FILE, commit)
+    return read_common(folder, commit), read_table_of_contents(folder, commit)
+
+
+def _check_fp8_states(loaded: dict[str, Any]) -> None:
+    """Look into what Transformer Engine will unpickle."""
+    for key, state in loaded.items():
+        if key.startswith("model"):
+            for name, value in state.items():
+                if name.endswith("_extra_state"):
+                    check_fp8_state(name, value)
+
+
 def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     """The state of a run as Megatron-Core shards it: one entry per model chunk, and the optimizer."""
-    if is_loading:
-        allocate_state(run.optimizer)
+    allocate_state(run.optimizer)
+    write_own_shards(run.optimizer)
     metadata, state = _metadata(run), sharded_weights(run)
     model_state = {
         f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()
     }
-    state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    # Megatron-Core collects garbage, by hand, in here: a walk over all of Python's objects, which took most of the time
+    # that a save holds training up. Frozen, they are not walked.
+    gc.freeze()
+    try:
+        state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    finally:
+        gc.unfreeze()
     return state
 
 

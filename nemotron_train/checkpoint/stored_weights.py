@@ -6,15 +6,15 @@
 import warnings
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron_train.checkpoint.commit import read_commit
+from nemotron_train.checkpoint.safe_load import CheckedReader, damage_in
 from nemotron_train.errors import CheckpointError
 from nemotron_train.model.names import PART_NAMES, rule_for
 
@@ -31,15 +31,15 @@ class StoredWeights:
         Raises:
             CheckpointError: the folder is no complete checkpoint, or lacks a part of a packed parameter.
         """
-        read_commit(folder)
+        commit = read_commit(folder)
         self.folder = folder
         try:
-            self._reader = _IndexedReader(folder)
-        except _READ_ERRORS as error:
+            self._reader = CheckedReader(folder, commit)
+        except OSError as error:
             raise CheckpointError(f"Cannot read {folder}: {error}") from error
         self._entries = {
             key: entry
-            for key, entry in self._reader.contents.state_dict_metadata.items()
+            for key, entry in self._reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
         }
         self._keys = {name: _stored_under(name) for name in dict.fromkeys(map(parameter_of, self._entries))}
@@ -88,7 +88,8 @@ class StoredWeights:
             try:
                 load(dict(zip(keys, rows, strict=True)), storage_reader=self._reader, no_dist=True)
             except _READ_ERRORS as error:
-                raise CheckpointError(f"Cannot read {name} from {self.folder}: {error}") from error
+                failed = CheckpointError(f"Cannot read {name} from {self.folder}: {error}")
+                raise damage_in(error) or failed from error
         return whole
 
 
@@ -102,14 +103,3 @@ def _stored_under(name: str) -> list[str]:
     """The keys a parameter is stored under: its name, or one for each packed part."""
     parts = rule_for(name).parts
     return [f"{name}.{PART_NAMES[part]}" for part in parts] if parts else [name]
-
-
-class _IndexedReader(FileSystemReader):
-    """Reads the table of contents once; torch would read it, all optimizer state listed, for every tensor."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.contents: Metadata = super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.contents

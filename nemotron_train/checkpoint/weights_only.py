@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.futures import Future
 
 from nemotron_train.checkpoint.commit import Commit, commit_folder, start_folder
-from nemotron_train.checkpoint.resume import model_facts
+from nemotron_train.checkpoint.resume_gate import model_facts
 from nemotron_train.checkpoint.stored_weights import parameter_of
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.errors import CheckpointError

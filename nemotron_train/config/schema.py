@@ -228,9 +228,11 @@ class TrainSection:
 @dataclass(frozen=True)
 class CheckpointSection:
     every_steps: int = 0  # 0 = only at the end and when stopped by a signal
-    resume: str = (
-        "auto"  # auto: the newest complete one in run.dir; never: refuse one; FOLDER: where a new run starts from
-    )
+    resume: str = "auto"  # auto: the newest good one in run.dir; never: refuse one; FOLDER: where a new run starts from
+    asynchronous: bool = False  # write beside training, which waits only while its state is copied
+    keep_last: int = 0  # delete older ones but the newest so many; 0 = keep all
+    keep_every_tokens: int = 0  # with keep_last: of each stretch of so many tokens the first stays too; 0 = none
+    allow_change: list[str] = field(default_factory=list)  # keys, or sections, that may differ from the checkpoint's
 
 
 @dataclass(frozen=True)

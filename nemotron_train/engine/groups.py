@@ -1,7 +1,7 @@
 """Starts torch.distributed and Megatron-Core's process groups for a layout, and ends them on every path."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar
@@ -100,11 +100,11 @@ def check_same_on_all_ranks(fingerprint: str) -> None:
         )
 
 
-def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on any rank; every rank gets the same answer."""
-    flag = torch.tensor(int(value), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+def any_rank_each(values: Sequence[bool], device: torch.device) -> list[bool]:
+    """Whether each of the values is true on any rank; every rank gets the same answers."""
+    flags = torch.tensor([int(value) for value in values], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 Result = TypeVar("Result")
@@ -128,3 +128,25 @@ def from_rank_zero(act: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_all_ranks(act: Callable[[], Result]) -> Result:
+    """Let every rank read or change something of its own, and go on only if all of them could.
+
+    Raises:
+        NemotronTrainError: on every rank, if any rank's `act` raised it: the first rank's. An OSError there becomes a
+            CheckpointError.
+    """
+    result, problem = None, None
+    try:
+        result = act()
+    except NemotronTrainError as error:
+        problem = error
+    except OSError as error:
+        problem = CheckpointError(str(error))
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((problem for problem in problems if problem is not None), None)
+    if first is not None:
+        raise first
+    return result  # type: ignore[return-value]

@@ -85,6 +85,8 @@ RANGES = {
     "train.eval_tokens": COUNT,
     "train.max_skipped_steps": COUNT,
     "checkpoint.every_steps": COUNT_OR_NONE,
+    "checkpoint.keep_last": COUNT_OR_NONE,
+    "checkpoint.keep_every_tokens": COUNT_OR_NONE,
     "log.every_steps": COUNT,
 }
 

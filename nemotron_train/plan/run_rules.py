@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
-from nemotron_train.config.keys import near_miss
+from nemotron_train.config.keys import describe_keys, near_miss
 from nemotron_train.config.schema import LrSchedule, RunConfig
 from nemotron_train.plan.batching import plan_batches
 from nemotron_train.plan.layout import ranks_per_replica
@@ -205,6 +205,24 @@ def resume_is_a_word_or_a_folder(config: RunConfig, world_size: int) -> Iterator
         )
 
 
+def old_checkpoints_are_kept_apart(config: RunConfig, world_size: int) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every_tokens and not checkpoint.keep_last:
+        yield (
+            f"checkpoint.keep_every_tokens={checkpoint.keep_every_tokens} has no effect with checkpoint.keep_last=0, "
+            "which keeps all checkpoints. Say how many of the newest are to stay, or set it to 0."
+        )
+
+
+def allowed_changes_are_keys(config: RunConfig, world_size: int) -> Iterator[str]:
+    known = [info.key for info in describe_keys()]
+    for named in config.checkpoint.allow_change:
+        if named and not any(key == named or key.startswith((f"{named}.", f"{named}[")) for key in known):
+            yield f"checkpoint.allow_change names {named}, which is not a key or section.{near_miss(named, known)}"
+        if not named:
+            yield "checkpoint.allow_change names an empty key. Take it out."
+
+
 def names_are_not_empty(config: RunConfig, world_size: int) -> Iterator[str]:
     for key, value in (
         ("run.name", config.run.name),
@@ -239,5 +257,7 @@ RUN_RULES = (
     phases_weigh_known_sources_once,
     every_source_is_used,
     resume_is_a_word_or_a_folder,
+    old_checkpoints_are_kept_apart,
+    allowed_changes_are_keys,
     names_are_not_empty,
 )

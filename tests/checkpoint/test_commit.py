@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from nemotron_train.checkpoint.commit import (
     COMMIT_FILE,
@@ -16,6 +17,7 @@ from nemotron_train.checkpoint.commit import (
     start_folder,
     step_folder,
 )
+from nemotron_train.checkpoint.hashes import StoredFile
 from nemotron_train.checkpoint.resume import choose_checkpoint
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.errors import CheckpointError, ConfigError
@@ -26,12 +28,16 @@ def write_checkpoint(checkpoints: Path, step: int, origin: str | None = None) ->
     """A checkpoint with two files, one in a folder of its own."""
     temporary = start_folder(checkpoints, step)
     (temporary / "part").mkdir()
-    (temporary / "part" / "weights").write_bytes(b"w" * step)
+    (temporary / "part" / "weights").write_bytes(b"w" * min(step, 1_000))
     (temporary / "metadata").write_bytes(b"m" * 7)
     return commit_folder(
         temporary, step=step, consumed_tokens=256 * step, skipped_steps=1, origin=origin, model={"hidden_size": 8},
         config_fingerprint="f", data_hash="d", layout={"tensor": 2}, versions={"torch": "2"},
     )  # fmt: skip
+
+
+def stored(content: bytes) -> StoredFile:
+    return StoredFile(len(content), xxhash.xxh3_128_hexdigest(content))
 
 
 def config_of(run_dir: Path, resume: str = "auto") -> RunConfig:
@@ -46,7 +52,8 @@ def test_a_commit_says_what_was_saved_and_lists_every_file(tmp_path: Path) -> No
     assert read_commit(folder) == Commit(
         step=100, consumed_tokens=25_600, skipped_steps=1, origin=None, model={"hidden_size": 8},
         config_fingerprint="f",
-        data_hash="d", layout={"tensor": 2}, versions={"torch": "2"}, files={"metadata": 7, "part/weights": 100},
+        data_hash="d", layout={"tensor": 2}, versions={"torch": "2"},
+        files={"metadata": stored(b"m" * 7), "part/weights": stored(b"w" * 100)},
     )  # fmt: skip
 
 
@@ -129,8 +136,8 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
     assert "step_000000020" in caplog.text
 
 
-def test_an_interrupted_save_is_no_checkpoint_and_the_next_one_replaces_it(tmp_path: Path) -> None:
-    """Fails if a `.tmp` folder counts, blocks the save of the same step, or leaves its files in it."""
+def test_an_interrupted_save_is_no_checkpoint_and_does_not_block_the_next(tmp_path: Path) -> None:
+    """Fails if a temporary folder counts, blocks the save of the same step, or lends its files to it."""
     write_checkpoint(tmp_path, 10)
     torn = start_folder(tmp_path, 20)
     (torn / "old_half").write_bytes(b"x")
@@ -140,6 +147,29 @@ def test_an_interrupted_save_is_no_checkpoint_and_the_next_one_replaces_it(tmp_p
     assert newest_checkpoint(tmp_path) == (step_folder(tmp_path, 20), [])
 
 
+def test_every_byte_of_a_commit_counts(tmp_path: Path) -> None:
+    """Fails if a single flipped bit in COMMIT.json, white space and the hash itself included, goes unnoticed."""
+    path = write_checkpoint(tmp_path, 10) / COMMIT_FILE
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=COMMIT_FILE):
+            read_commit(path.parent)
+    path.write_bytes(content)
+    assert read_commit(path.parent).step == 10
+
+
+def test_a_file_that_another_run_put_there_is_not_replaced(tmp_path: Path) -> None:
+    """Fails if the rename at the end overwrites a folder that appeared while the checkpoint was written."""
+    temporary = start_folder(tmp_path, 10)
+    step_folder(tmp_path, 10).mkdir()
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        commit_folder(temporary, step=10, consumed_tokens=0, skipped_steps=0, origin=None, model={},
+                      config_fingerprint="", data_hash="", layout={}, versions={})  # fmt: skip
+
+
 def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:
     """Fails if steps are compared as text, or by when they were written; other folders do not matter."""
     for step in (30, 7, 100):
@@ -147,8 +177,8 @@ def test_the_newest_is_that_of_the_highest_step(tmp_path: Path) -> None:
     (tmp_path / "step_000000200.moved").mkdir()
     (tmp_path / "step_abc").mkdir()
     assert newest_checkpoint(tmp_path) == (step_folder(tmp_path, 100), [])
-    step_folder(tmp_path, 30).rename(step_folder(tmp_path, 999_999_999))
-    step_folder(tmp_path, 7).rename(step_folder(tmp_path, 1_000_000_000))  # one digit more than the names are padded to
+    write_checkpoint(tmp_path, 999_999_999)
+    write_checkpoint(tmp_path, 1_000_000_000)  # one digit more than the names are padded to
     assert newest_checkpoint(tmp_path)[0] == step_folder(tmp_path, 1_000_000_000)
 
 
@@ -181,7 +211,7 @@ def test_resume_auto_starts_anew_only_where_there_is_nothing(tmp_path: Path) -> 
     """Fails if a run whose checkpoints are all damaged begins anew without a word."""
     assert choose_checkpoint(config_of(tmp_path)) is None
     file_short(write_checkpoint(tmp_path / "checkpoints", 20))
-    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is complete.*weights should have 20 bytes"):
+    with pytest.raises(CheckpointError, match=r"(?s)No checkpoint in .* is good.*weights should have 20 bytes"):
         choose_checkpoint(config_of(tmp_path))
 
 

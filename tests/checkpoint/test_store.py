@@ -1,8 +1,10 @@
 """Is what a checkpoint holds what Megatron-Core would store, and does every number survive any change of layout?"""
 
+import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ PARTS_OF_OPTIMIZER = ("optimizer.state.param.", "optimizer.state.exp_avg.", "opt
 
 TP2 = {"tensor_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_parallel_size": 2}
+FOUR_LAYERS = "MM*-"  # enough for two stages of two chunks
 
 
 def config_of(run_dir: Path, parallel: Mapping[str, Any], pattern: str = "M*-") -> RunConfig:
@@ -131,30 +134,64 @@ def test_whole_weights_are_those_that_the_ranks_held(four_ranks: tuple[Path, lis
     assert all(np.array_equal(whole[name].numpy(), expected[name]) for name in expected)
 
 
-def test_weights_and_moments_survive_any_change_of_layout(
-    ranks: RankPool, tmp_path: Path, four_ranks: tuple[Path, list[Arrays]]
-) -> None:
-    """Fails if a weight, master weight or moment comes back as another's, or changed in any bit, under another
-    layout."""
-    before = stored_tensors(saved(four_ranks[0]))
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "tp2": (2, TP2),
+    "pp2": (2, PP2),
+    "dp2": (2, {}),
+    "tp2 pp2": (4, {**TP2, **PP2}),
+    "tp2 dp2": (4, TP2),
+    "pp2 vpp2": (2, {**PP2, "virtual_pipeline_size": 2}),
+}
+
+
+def walk_over_all_pairs(names: list[str], seed: int) -> list[str]:
+    """A walk, starting and ending at the first name, that goes from every name to every other once (Hierholzer)."""
+    chance = random.Random(seed)
+    left = {name: chance.sample(others, len(others)) for name in names for others in [[o for o in names if o != name]]}
+    path, walk = [names[0]], []
+    while path:
+        if left[path[-1]]:
+            path.append(left[path[-1]].pop())
+        else:
+            walk.append(path.pop())
+    return walk[::-1]
+
+
+def walk_through_layouts(ranks: RankPool, folder: Path, start: Path, walk: list[str]) -> None:
+    """Load and save under one layout after the other; nothing may change in any bit on the way."""
+    before = stored_tensors(start)
     for part in PARTS_OF_OPTIMIZER:
-        for key in MODEL_KEYS:
-            assert before[part + key].isfinite().all(), key
-            assert before[part + key].any(), f"{part + key} has nothing to lose"
-    start = saved(four_ranks[0])
-    layouts: list[tuple[str, int, dict[str, Any]]] = [
-        ("tp2", 2, TP2),
-        ("pp2", 2, PP2),
-        ("tp2 again", 2, TP2),
-        ("dp2", 2, {}),
-        ("alone", 1, {}),
-    ]
-    for name, world_size, parallel in layouts:
-        ranks.run(start_and_save, world_size, config_of(tmp_path / name, parallel), start, 0)
-        start = saved(tmp_path / name)
+        for key in (key for key in before if key.startswith(part)):
+            assert before[key].isfinite().all(), key
+            assert before[key].any(), f"{key} has nothing to lose"
+    for number, name in enumerate(walk):
+        world_size, parallel = LAYOUTS[name]
+        ranks.run(start_and_save, world_size, config_of(folder / str(number), parallel, FOUR_LAYERS), start, 0)
+        start = saved(folder / str(number))
         after = stored_tensors(start)
         assert after.keys() == before.keys(), name
-        assert [key for key in before if not torch.equal(before[key], after[key])] == [], name
+        assert [key for key in before if not torch.equal(before[key], after[key])] == [], (number, name)
+
+
+def first_checkpoint(ranks: RankPool, folder: Path) -> Path:
+    ranks.run(start_and_save, 1, config_of(folder, {}, FOUR_LAYERS), None, 2)
+    return saved(folder)
+
+
+def test_weights_and_moments_survive_changes_of_layout(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if a weight, master weight or moment comes back as another's, or changed in any bit, under another
+    layout."""
+    walk = random.Random(3).sample([*LAYOUTS][1:], len(LAYOUTS) - 1)
+    walk_through_layouts(ranks, tmp_path, first_checkpoint(ranks, tmp_path / "first"), [*walk, "alone"])
+
+
+@pytest.mark.slow
+def test_weights_and_moments_survive_every_change_of_layout(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if any layout cannot read what any other wrote, there or back, bit by bit."""
+    walk = walk_over_all_pairs([*LAYOUTS], seed=5)
+    assert len(set(pairwise(walk))) == len(LAYOUTS) * (len(LAYOUTS) - 1)
+    walk_through_layouts(ranks, tmp_path, first_checkpoint(ranks, tmp_path / "first"), walk[1:])
 
 
 def load_errors(config: RunConfig, folders: list[Path]) -> list[str]:

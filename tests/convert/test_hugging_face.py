@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHConfig, NemotronHForCausalLM
 
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.resume import model_facts
+from nemotron_train.checkpoint.resume_gate import model_facts
 from nemotron_train.checkpoint.whole_weights import read_reference_model, read_whole_weights
 from nemotron_train.config import load
 from nemotron_train.config.schema import Initialization, ModelSection, PrecisionFormat, RunConfig

@@ -12,7 +12,7 @@ import pytest
 
 from nemotron_train.checkpoint.commit import newest_checkpoint, read_commit
 from nemotron_train.config.load import write_resolved
-from nemotron_train.errors import EXIT_REQUEUE
+from nemotron_train.errors import EXIT_FAILED, EXIT_REQUEUE
 from tests.small_runs import read_metrics, small_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,12 +104,29 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(config_path: Path, tmp
     assert f"step_{last:09d}: step {last}," in finish(again)
 
 
-def test_a_full_disk_fails_the_save_and_keeps_what_is_there(config_path: Path, tmp_path: Path) -> None:
-    """Fails if a save that cannot finish is reported as success, leaves its temporary folder, or harms an older
-    checkpoint."""
-    process = start(config_path, 2, "full disk after step 6")
+def test_a_full_disk_costs_a_periodic_save_but_not_the_last_one(corpus: Path, tmp_path: Path) -> None:
+    """Fails if training stops at the first save that fails, ends as if it had saved its last state, leaves temporary
+    folders, or harms an older checkpoint."""
+    config = small_config(corpus, tmp_path / "run", steps=12, checkpoint={"every_steps": 4})
+    write_resolved(config, tmp_path / "config.yaml")
+    process = start(tmp_path / "config.yaml", 2, "full disk after step 6")
     output = finish(process)
     assert process.returncode != 0
     assert "Cannot write the checkpoint of step 8" in output
+    assert "Training goes on" in output
+    assert output.count("Cannot write the checkpoint of step 12") >= 3  # two attempts more, and then the end
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 12
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000000004"]
     assert saved_steps(tmp_path / "run") == [4]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(config_path: Path, tmp_path: Path) -> None:
+    """Fails if two launches write the same steps, or the refusal does not say who is there."""
+    first = start(config_path, 1)
+    wait_for_step(first, tmp_path / "run", 1)
+    second = start(config_path, 1)
+    output = finish(second)
+    first.send_signal(signal.SIGTERM)
+    finish(first)
+    assert second.returncode == EXIT_FAILED
+    assert f"is in use by process {first.pid} on " in output

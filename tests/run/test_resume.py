@@ -1,16 +1,23 @@
 """Stopping and going on changes nothing, at any step and on any number of data-parallel ranks."""
 
+import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from nemotron_train.config.schema import PrecisionFormat, RunConfig
+from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
 from nemotron_train.data.run_data import open_run_data
+from nemotron_train.trainer import Trainer
 from tests.ranks import RankPool
 from tests.small_runs import read_metrics, small_config, train
 
 STEPS = 12
+BEGUN_PHASE = r"data\.phases\[0\]\.weights\[a\]\.weight: 0\.7 then, 0\.2 now"
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -35,6 +42,55 @@ def test_a_run_that_stopped_goes_on_bitwise(
     assert len(losses(tmp_path)) == stop_step
     ranks.run(train, 2, config)
     assert losses(tmp_path) == straight
+
+
+def test_a_save_beside_training_holds_the_step_it_began_at(
+    ranks: RankPool, corpus: Path, tmp_path: Path, straight: list[float]
+) -> None:
+    """Fails if steps taken while the checkpoint is written get into it, or it is not there when the run ends."""
+    config = small_config(corpus, tmp_path, steps=STEPS, checkpoint={"every_steps": 3, "asynchronous": True})
+    ranks.run(train, 2, config, 8)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000000008")  # written when the run stopped
+    ranks.run(train, 2, config)
+    assert losses(tmp_path) == straight
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        f"step_{step:09d}" for step in (3, 6, 9, 12)
+    }
+
+
+def random_states_around_training(config: RunConfig) -> list[bool]:
+    """Whether training left the states of Python's, numpy's and torch's generators as they were."""
+    seen: list[tuple[Any, ...]] = []
+    take_steps = Trainer.take_steps
+
+    def watched(self: Trainer, *args: Any) -> bool:
+        seen.append(random_states())
+        finished = take_steps(self, *args)
+        seen.append(random_states())
+        return finished
+
+    Trainer.take_steps = watched
+    try:
+        train(config)
+    finally:
+        Trainer.take_steps = take_steps
+    before, after = seen
+    return [a == b for a, b in zip(before, after, strict=True)]
+
+
+def random_states() -> tuple[Any, ...]:
+    kind, key, *rest = np.random.get_state()  # noqa: NPY002 (the generator that libraries would draw from)
+    return random.getstate(), (kind, key.tolist(), *rest), torch.get_rng_state().tolist()
+
+
+def test_training_draws_no_random_number(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if a step, an evaluation or a save draws from a generator: then checkpoints would have to hold its state on
+    every rank."""
+    layout = {"tensor_parallel_size": 2, "sequence_parallel": True}
+    train_keys = {"eval_every_steps": 2, "recompute": Recompute.full}
+    config = small_config(corpus, tmp_path, steps=4, parallel=layout, checkpoint={"every_steps": 2})
+    config = replace(config, train=replace(config.train, **train_keys))
+    assert ranks.run(random_states_around_training, 2, config) == [[True, True, True]] * 2
 
 
 def test_bf16_resumes_bitwise_from_its_float32_master_weights(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -75,7 +131,8 @@ def test_the_layout_may_change(ranks: RankPool, corpus: Path, tmp_path: Path, st
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     """Fails if raising train_tokens changes a step that was taken before the learning rate began to decay."""
     short = small_config(corpus, tmp_path / "short", steps=8)
-    long = small_config(corpus, tmp_path / "short", steps=STEPS)
+    longer = {"allow_change": ["train.train_tokens"]}  # it moves the decay
+    long = small_config(corpus, tmp_path / "short", steps=STEPS, checkpoint=longer)
     whole = small_config(corpus, tmp_path / "whole", steps=STEPS)
     ranks.run(train, 2, short)
     ranks.run(train, 2, long)
@@ -123,12 +180,12 @@ def changed(config: RunConfig, corpus: Path) -> dict[str, RunConfig]:
     data = replace(config.data, phases=[replace(config.data.phases[0], weights=config.data.phases[1].weights)])
     return {
         "run.seed": replace(config, run=replace(config.run, seed=6)),
-        "a phase that has already begun": replace(config, data=data),
+        BEGUN_PHASE: replace(config, data=data),
         "model.mamba_state_dim": replace(config, model=replace(config.model, mamba_state_dim=16)),
     }
 
 
-@pytest.mark.parametrize("what", ["run.seed", "a phase that has already begun", "model.mamba_state_dim"])
+@pytest.mark.parametrize("what", ["run.seed", BEGUN_PHASE, "model.mamba_state_dim"])
 def test_another_past_or_model_is_refused(ranks: RankPool, corpus: Path, tmp_path: Path, what: str) -> None:
     """Fails if a run goes on, without a word, on other data or another model than its checkpoint's."""
     config = small_config(corpus, tmp_path, steps=STEPS)

@@ -1,0 +1,133 @@
+"""When is a checkpoint written, beside training or before it goes on, and what happens when that fails?
+
+A periodic save that fails is reported, and tried again with the state of a later step, after a pause that doubles: a
+disk that is full or gone for a while costs no training. The last save of a run, at its end or before a stop, is tried
+a few times and then fails the run.
+
+All ranks call the same methods at the same steps; what differs between ranks (a clock, a writer that is done) goes
+through the reduction that ends every step, see `signals`.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nemotron_train.checkpoint.background import BackgroundWriter
+from nemotron_train.checkpoint.resume import checkpoints_folder
+from nemotron_train.checkpoint.retention import drop_old_checkpoints
+from nemotron_train.checkpoint.store import StartedSave, finish_save, start_save
+from nemotron_train.engine.groups import from_rank_zero
+from nemotron_train.errors import CheckpointError
+from nemotron_train.runtime import Progress, Runtime
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0  # before a failed periodic save is tried again
+LAST_PAUSES_SECONDS = (1.0, 5.0, 20.0)  # between the attempts at the last save
+
+
+class Saver:
+    """The checkpoints of a run. At most one is being written."""
+
+    def __init__(
+        self,
+        run: Runtime,
+        data_hash_at: Callable[[int], str],
+        event: Callable[[str], None],
+        saved_step: int | None = None,
+    ) -> None:
+        """Args:
+        data_hash_at: `BlendPlan.past_hash`.
+        event: takes a message for people.
+        saved_step: the step of the checkpoint that the run goes on from, if it is one of its own.
+        """
+        self._run, self._data_hash_at, self._event = run, data_hash_at, event
+        self._config = run.plan.config.checkpoint
+        self._checkpoints = checkpoints_folder(run.plan.config)
+        self._saved_step = saved_step
+        self._writing: tuple[StartedSave, BackgroundWriter] | None = None
+        self._pause, self._retry_at = FIRST_PAUSE_SECONDS, float("inf")
+
+    def signals(self) -> tuple[bool, bool]:
+        """What this rank has to tell the others after a step: its writer is still busy; a failed save is due again."""
+        is_busy = self._writing is not None and self._writing[1].is_writing
+        return is_busy, dist.get_rank() == 0 and time.monotonic() >= self._retry_at
+
+    def after_step(self, progress: Progress, *, is_busy: bool, is_due: bool) -> None:
+        """Finish what the writers of all ranks are done with, and save if it is time to.
+
+        Args:
+            is_busy: any rank's writer is still busy.
+            is_due: by the number of the step, or because a failed save is to be tried again.
+        """
+        if self._writing and not is_busy:
+            self._finish_writing()
+        if not is_due or self._saved_step == progress.step:
+            return
+        if self._writing:
+            logger.warning("Waiting for the checkpoint of the save before: it takes longer than the time between two.")
+            self._finish_writing()
+        try:
+            started = self._start(progress)
+            if self._config.asynchronous:
+                self._writing = started, BackgroundWriter(started.write, dist.get_rank())
+            else:
+                self._finish(started, partial(finish_save, started, started.write()))
+        except CheckpointError as error:
+            self._alarm(error)
+
+    def save_last(self, progress: Progress) -> None:
+        """Have this step's checkpoint on disk when this returns.
+
+        Raises:
+            CheckpointError: on every rank, after a few attempts.
+        """
+        if self._writing:
+            self._finish_writing()
+        for pause in (*LAST_PAUSES_SECONDS, None):
+            if self._saved_step == progress.step:
+                return
+            try:
+                started = self._start(progress)
+                self._finish(started, partial(finish_save, started, started.write()))
+            except CheckpointError as error:
+                if pause is None:
+                    raise
+                logger.error("%s Trying again in %g s.", error, pause)
+                time.sleep(pause)
+
+    def _start(self, progress: Progress) -> StartedSave:
+        def check_folder() -> None:
+            # A run folder that vanished may be a mount that did: nothing must be written to what lies beneath.
+            if not self._checkpoints.parent.is_dir():
+                raise CheckpointError(f"{self._checkpoints.parent} is gone.")
+
+        from_rank_zero(check_folder)
+        return start_save(self._run, progress, self._data_hash_at(progress.consumed_tokens))
+
+    def _finish_writing(self) -> None:
+        assert self._writing is not None
+        (started, writer), self._writing = self._writing, None
+        try:
+            self._finish(started, lambda: finish_save(started, writer.result()))
+        except CheckpointError as error:
+            self._alarm(error)
+
+    def _finish(self, started: StartedSave, commit: Callable[[], Path]) -> None:
+        folder = commit()
+        self._saved_step = started.step
+        self._pause, self._retry_at = FIRST_PAUSE_SECONDS, float("inf")
+        self._event(f"Saved {folder}")
+        if dist.get_rank() == 0:
+            drop_old_checkpoints(self._checkpoints, self._config.keep_last, self._config.keep_every_tokens)
+
+    def _alarm(self, error: CheckpointError) -> None:
+        self._retry_at = time.monotonic() + self._pause
+        if dist.get_rank() == 0:
+            logger.error("%s Training goes on; the next attempt is in %g s or at the next save.", error, self._pause)
+            self._event(f"CHECKPOINT NOT SAVED: {error}")
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
