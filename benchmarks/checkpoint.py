@@ -20,7 +20,7 @@ from rich.table import Table
 
 from nemotron_train.checkpoint.background import BackgroundWriter
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.store import finish_save, start_save
+from nemotron_train.checkpoint.store import commit_save, finish_save, gather_written, start_save
 from nemotron_train.config.load import load_config
 from nemotron_train.engine.groups import process_groups
 from nemotron_train.engine.optimizer import allocate_state
@@ -35,27 +35,29 @@ BARS = {"stall": 0.20, "hashing": 0.10}
 
 def measure(run: Runtime, repetitions: int) -> dict[str, list[float]]:
     """Save both ways in turns; returns seconds by what they were spent on."""
-    seconds: dict[str, list[float]] = {name: [] for name in ("sync", "start", "fork", "beside", "finish")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("sync", "start", "fork", "beside", "gather", "commit")}
     step = 0
     for _ in track(range(repetitions), description="saves", transient=True):
         step += 1
         began = time.perf_counter()
-        started = start_save(run, Progress(step=step), "")
+        started = start_save(run, Progress(step=step), "", is_first=step == 1)
         finish_save(started, started.write())
         seconds["sync"].append(time.perf_counter() - began)
         step += 1
         began = time.perf_counter()
-        started = start_save(run, Progress(step=step), "")
+        started = start_save(run, Progress(step=step), "", is_first=step == 1)
         planned = time.perf_counter()
         writer = BackgroundWriter(started.write, 0)
         forked = time.perf_counter()
         while writer.is_writing:
             time.sleep(0.001)
         done = time.perf_counter()
-        finish_save(started, writer.result())
+        everyone = gather_written(writer.result(60))
+        gathered = time.perf_counter()
+        commit_save(started, everyone)
         for name, value in zip(
-            ("start", "fork", "beside", "finish"),
-            (planned - began, forked - planned, done - forked, time.perf_counter() - done),
+            ("start", "fork", "beside", "gather", "commit"),
+            (planned - began, forked - planned, done - forked, gathered - done, time.perf_counter() - gathered),
             strict=True,
         ):
             seconds[name].append(value)
@@ -101,7 +103,7 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoints" / "step_000000001"
         megabytes = sum(file.size for file in read_commit(checkpoint).files.values()) / 1e6
         writing, hashing = measure_hashing(checkpoint, arguments.repetitions)
-    stall = seconds["start"] + seconds["fork"] + seconds["finish"]
+    stall = seconds["start"] + seconds["fork"] + seconds["gather"]
     table = Table(title=f"Saving {megabytes:.1f} MB, medians of {arguments.repetitions}")
     for column in ("what", "ms", "fraction", "bar"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -109,8 +111,9 @@ def main() -> None:
         ("save that training waits for", seconds["sync"]),
         ("  plan and copy", seconds["start"]),
         ("  start the writer", seconds["fork"]),
-        ("  (the writer, beside training)", seconds["beside"]),
-        ("  commit", seconds["finish"]),
+        ("  gather what was written", seconds["gather"]),
+        ("  (the writer, a process beside training)", seconds["beside"]),
+        ("  (the commit, a thread beside training)", seconds["commit"]),
     ):
         table.add_row(what, f"{1e3 * value:.1f}", "", "")
     for what, value, whole, bar in (

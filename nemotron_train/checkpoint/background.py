@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+import torch
+
 from nemotron_train.checkpoint.torch_dist import WrittenFiles
 
 _FORK = multiprocessing.get_context("fork")
@@ -42,8 +44,12 @@ class BackgroundWriter:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def result(self) -> WrittenFiles:
-        """Wait for the writer; a writer that died is a failed write."""
+    def result(self, timeout_seconds: float) -> WrittenFiles:
+        """Wait for the writer; a writer that died, or is not done in time, is a failed write."""
+        if not self._receiver.poll(timeout_seconds):
+            self._process.kill()
+            self._process.join()
+            return WrittenFiles(self._rank, error=f"the writer process was not done after {timeout_seconds:g} s more")
         try:
             written: WrittenFiles = pickle.loads(self._receiver.recv_bytes())  # from our own process, not from a disk
         except EOFError:
@@ -58,6 +64,7 @@ class BackgroundWriter:
 
 def _write_and_leave(write: Callable[[], WrittenFiles], sender: Connection) -> None:
     """Leaves without the interpreter's clean-up, which could wait for locks that threads of the parent held."""
+    torch.set_num_threads(1)  # the threads that compute did not come along
     if _libc is not None:
         _libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # nobody would commit what an orphan wrote
     exit_code = 1

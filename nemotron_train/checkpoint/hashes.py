@@ -33,14 +33,19 @@ class HashingWriter:
         self._file: BinaryIO = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by close())
         self._hash = xxhash.xxh3_128()
         self._size = 0
+        self.failure: OSError | None = None  # torch's own writer reports a short file, and swallows why it is
 
     def write(self, data: Any) -> int:
         """Take bytes, or anything that holds them; all of it is written, or an OSError says why not."""
         view = memoryview(data).cast("B")
         self._hash.update(view)
         written = 0
-        while written < len(view):  # the operating system may take a part: at 2 GiB, or where a disk is nearly full
-            written += self._file.write(view[written:]) or 0
+        try:
+            while written < len(view):  # the system may take a part only: of 2 GiB, or where a disk is nearly full
+                written += self._file.write(view[written:]) or 0
+        except OSError as error:
+            self.failure = error
+            raise
         self._size += written
         return written
 

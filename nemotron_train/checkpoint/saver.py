@@ -11,6 +11,8 @@ through the reduction that ends every step, see `signals`.
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from nemotron_train.checkpoint.background import BackgroundWriter
 from nemotron_train.checkpoint.resume import checkpoints_folder
 from nemotron_train.checkpoint.retention import drop_old_checkpoints
-from nemotron_train.checkpoint.store import StartedSave, finish_save, start_save
+from nemotron_train.checkpoint.store import StartedSave, commit_save, finish_save, gather_written, start_save
 from nemotron_train.engine.groups import from_rank_zero
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress, Runtime
@@ -28,6 +30,21 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0  # before a failed periodic save is tried again
 LAST_PAUSES_SECONDS = (1.0, 5.0, 20.0)  # between the attempts at the last save
+
+
+@dataclass
+class _SaveBeside:
+    """A save beside training: every rank's writer writes, then a thread of rank 0 commits."""
+
+    started: StartedSave
+    writer: BackgroundWriter | None  # None: all ranks have written
+    commit: Future[Path] | None = None  # on rank 0, when all ranks have written
+
+    @property
+    def is_busy(self) -> bool:
+        if self.writer is not None:
+            return self.writer.is_writing
+        return self.commit is not None and not self.commit.done()
 
 
 class Saver:
@@ -49,34 +66,38 @@ class Saver:
         self._config = run.plan.config.checkpoint
         self._checkpoints = checkpoints_folder(run.plan.config)
         self._saved_step = saved_step
-        self._writing: tuple[StartedSave, BackgroundWriter] | None = None
+        self._beside: _SaveBeside | None = None
+        self._committer = ThreadPoolExecutor(1)
+        self._is_first = True
         self._pause, self._retry_at = FIRST_PAUSE_SECONDS, float("inf")
 
     def signals(self) -> tuple[bool, bool]:
-        """What this rank has to tell the others after a step: its writer is still busy; a failed save is due again."""
-        is_busy = self._writing is not None and self._writing[1].is_writing
-        return is_busy, dist.get_rank() == 0 and time.monotonic() >= self._retry_at
+        """What this rank has to tell the others after a step: it is still busy saving; a failed save is due again."""
+        return (
+            self._beside is not None and self._beside.is_busy,
+            dist.get_rank() == 0 and time.monotonic() >= self._retry_at,
+        )
 
     def after_step(self, progress: Progress, *, is_busy: bool, is_due: bool) -> None:
-        """Finish what the writers of all ranks are done with, and save if it is time to.
+        """Take a save beside training a stage further if all ranks are done with the last, and save if it is time to.
 
         Args:
-            is_busy: any rank's writer is still busy.
+            is_busy: any rank is still busy.
             is_due: by the number of the step, or because a failed save is to be tried again.
         """
-        if self._writing and not is_busy:
-            self._finish_writing()
+        if self._beside and not is_busy:
+            self._next_stage(self._beside)
         if not is_due or self._saved_step == progress.step:
             return
-        if self._writing:
+        if self._beside:
             logger.warning("Waiting for the checkpoint of the save before: it takes longer than the time between two.")
-            self._finish_writing()
+            self._finish_beside()
         try:
             started = self._start(progress)
             if self._config.asynchronous:
-                self._writing = started, BackgroundWriter(started.write, dist.get_rank())
+                self._beside = _SaveBeside(started, BackgroundWriter(started.write, dist.get_rank()))
             else:
-                self._finish(started, partial(finish_save, started, started.write()))
+                self._done(started, finish_save(started, started.write()))
         except CheckpointError as error:
             self._alarm(error)
 
@@ -86,14 +107,13 @@ class Saver:
         Raises:
             CheckpointError: on every rank, after a few attempts.
         """
-        if self._writing:
-            self._finish_writing()
+        self._finish_beside()
         for pause in (*LAST_PAUSES_SECONDS, None):
             if self._saved_step == progress.step:
                 return
             try:
                 started = self._start(progress)
-                self._finish(started, partial(finish_save, started, started.write()))
+                self._done(started, finish_save(started, started.write()))
             except CheckpointError as error:
                 if pause is None:
                     raise
@@ -107,18 +127,30 @@ class Saver:
                 raise CheckpointError(f"{self._checkpoints.parent} is gone.")
 
         from_rank_zero(check_folder)
-        return start_save(self._run, progress, self._data_hash_at(progress.consumed_tokens))
+        is_first, self._is_first = self._is_first, False
+        data_hash = self._data_hash_at(progress.consumed_tokens)
+        return start_save(self._run, progress, data_hash, is_first=is_first)
 
-    def _finish_writing(self) -> None:
-        assert self._writing is not None
-        (started, writer), self._writing = self._writing, None
+    def _next_stage(self, save: _SaveBeside) -> None:
+        """From written to being committed, or from committed to done; waits for this rank's part if it must."""
+        if save.writer is not None:
+            everyone = gather_written(save.writer.result(self._run.plan.config.parallel.timeout_seconds / 2))
+            save.writer = None
+            if dist.get_rank() == 0:
+                save.commit = self._committer.submit(partial(commit_save, save.started, everyone))
+            return
+        self._beside = None
         try:
-            self._finish(started, lambda: finish_save(started, writer.result()))
+            folder = from_rank_zero(lambda: save.commit.result() if save.commit else Path())
+            self._done(save.started, folder)
         except CheckpointError as error:
             self._alarm(error)
 
-    def _finish(self, started: StartedSave, commit: Callable[[], Path]) -> None:
-        folder = commit()
+    def _finish_beside(self) -> None:
+        while self._beside:
+            self._next_stage(self._beside)
+
+    def _done(self, started: StartedSave, folder: Path) -> None:
         self._saved_step = started.step
         self._pause, self._retry_at = FIRST_PAUSE_SECONDS, float("inf")
         self._event(f"Saved {folder}")

@@ -77,8 +77,11 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str) -> Path:
     return finish_save(started, started.write())
 
 
-def start_save(run: Runtime, progress: Progress, data_hash: str) -> StartedSave:
+def start_save(run: Runtime, progress: Progress, data_hash: str, *, is_first: bool = True) -> StartedSave:
     """Make the folder and decide who writes what; training must not go on before `write`, or a fork, has the tensors.
+
+    Args:
+        is_first: of this process; later ones leave out comparisons whose result cannot change.
 
     Raises:
         CheckpointError: on every rank, when the folder cannot be made.
@@ -86,7 +89,7 @@ def start_save(run: Runtime, progress: Progress, data_hash: str) -> StartedSave:
     config = run.plan.config
     folder = from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
     with weights_complete(run.chunks):
-        planned = plan_files(sharded_state(run, is_loading=False), _stored_metadata(), folder)
+        planned = plan_files(sharded_state(run, is_loading=False), _stored_metadata(), folder, is_first=is_first)
     facts = dict(
         **asdict(progress),
         model=model_facts(config.model),
@@ -105,12 +108,23 @@ def finish_save(started: StartedSave, written: WrittenFiles) -> Path:
     Raises:
         CheckpointError: on every rank, when any of them could not write; the temporary folder is gone then.
     """
+    everyone = gather_written(written)
+    return from_rank_zero(lambda: commit_save(started, everyone))
+
+
+def gather_written(written: WrittenFiles) -> list[WrittenFiles]:
+    """Tell rank 0 what all ranks wrote; returns nothing on the others."""
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(written, everyone)
-    return from_rank_zero(lambda: _commit(started, everyone or []))
+    return everyone or []
 
 
-def _commit(started: StartedSave, everyone: list[WrittenFiles]) -> Path:
+def commit_save(started: StartedSave, everyone: list[WrittenFiles]) -> Path:
+    """Finish a checkpoint on rank 0, from what all ranks wrote; needs no other rank.
+
+    Raises:
+        CheckpointError: a rank, or this one now, could not write; the temporary folder is gone then.
+    """
     folder = started.folder
     try:
         errors = [f"rank {written.rank}: {written.error}" for written in everyone if written.error]

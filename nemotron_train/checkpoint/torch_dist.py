@@ -94,18 +94,19 @@ class _PlanOnlyWriter(FileSystemWriterAsync):
 
 
 def _on_host(data: Any) -> Any:
-    """Take a tensor off the device; a view on the host is copied, or all that it is a view of would be written."""
-    if not isinstance(data, torch.Tensor):
-        return data
-    tensor = data.detach()
-    if tensor.device.type != "cpu":
-        return tensor.to("cpu", non_blocking=True)
-    return tensor.clone() if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize else tensor
+    """Take a tensor off the device."""
+    return data.detach().to("cpu", non_blocking=True) if isinstance(data, torch.Tensor) else data
 
 
-def plan_files(state: dict[str, Any], content_metadata: dict[str, Any], folder: Path) -> PlannedFiles:
-    """Decide, all ranks together, who writes what of a Megatron-Core sharded state."""
-    sharded, common = save_preprocess({**state, "content_metadata": content_metadata})
+def plan_files(
+    state: dict[str, Any], content_metadata: dict[str, Any], folder: Path, *, is_first: bool
+) -> PlannedFiles:
+    """Decide, all ranks together, who writes what of a Megatron-Core sharded state.
+
+    Args:
+        is_first: of this process; then Megatron-Core compares all ranks' shards, which are the same in every save.
+    """
+    sharded, common = save_preprocess({**state, "content_metadata": content_metadata}, is_first)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     writer = _PlanOnlyWriter(str(folder), thread_count=FILES_PER_RANK)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -138,13 +139,19 @@ def _write_one(path: Path, items: Iterable[tuple[WriteItem, Any]]) -> tuple[Stor
             if item.type is WriteItemType.BYTE_IO:
                 stream.write(data.getbuffer())
             else:
-                torch.save(data, stream)
+                torch.save(_alone(data), stream)
             length = stream.tell() - start
             places.append(WriteResult(item.index, length, _StorageInfo(path.name, start, length)))
-    except BaseException:
+    except BaseException as error:
         stream.abandon()
-        raise
+        raise stream.failure or error from None
     return stream.close(), places
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a view: torch would write all of what it is a view of."""
+    is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
+    return tensor.clone() if is_view else tensor
 
 
 def _write_pickled(path: Path, value: Any) -> StoredFile:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from nemotron_train.checkpoint.commit import COMMIT_FILE, REASON_FILE, DamagedCheckpoint, step_folder
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
@@ -146,7 +147,7 @@ def not_found(config: RunConfig, damages: list[Callable[[Path], str] | int]) -> 
             said = (aside[0] / REASON_FILE).read_text() if aside and aside[0].is_dir() else name
             if progress.step != 1 or digest(run) != older or len(aside) != 1 or name not in said:
                 wrong.append(f"{damage}: {name}: step {progress.step}, {filled_step(run)}, {said!r}")
-            from_rank_zero(lambda: None)  # all ranks have looked
+            dist.barrier()  # all ranks have looked
     return wrong
 
 

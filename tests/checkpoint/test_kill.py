@@ -35,8 +35,9 @@ def resume_and_save_for_ever(config: RunConfig, report: Connection) -> None:
             step += 1
             fill(run, step)
             saver.after_step(progress_at(step), is_busy=False, is_due=True)
-            while saver.signals()[0]:
+            while saver._beside:
                 fill(run, step + 1_000_000)  # training goes on while the writer is at work
+                saver.after_step(progress_at(step + 1), is_busy=saver.signals()[0], is_due=False)
 
 
 def kill_again_and_again(config: RunConfig, kills: int, seed: int) -> dict[str, Any]:

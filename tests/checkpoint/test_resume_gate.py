@@ -134,6 +134,21 @@ def test_no_change_of_a_key_is_silent(key: str) -> None:
             check_configuration(commit, allowing, is_new_run=False)
 
 
+def test_what_changes_a_run_is_not_free() -> None:
+    """Fails if the table calls a schedule, a batch, the data's past, a precision, a length, a seed or the optimizer
+    free: written here a second time on purpose."""
+    free = {key for key, (effect, _) in EFFECTS.items() if effect is Effect.none}
+    sections = ("lr.", "optim.", "precision.", "data.phases", "train.batch_schedule")
+    assert not [key for key in free if key.startswith(sections)]
+    assert not free & {
+        "run.seed", "train.seq_length", "train.global_batch_size", "train.train_tokens", "data.tokenizer",
+        "data.document_boundary", "data.fim_tokens", "data.fim_spm_rate", "data.sources[].prefixes",
+    }  # fmt: skip
+    assert {key for key in free if key.startswith("model.")} == {
+        "model.mamba_chunk_size", "model.initialization", "model.init_std",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("named", ["lr", "lr.peak"])
 def test_a_section_allows_its_keys_and_no_others(named: str) -> None:
     """Fails if a prefix allows too little, or a name that another key begins with."""

@@ -76,12 +76,10 @@ def take_step(run: Runtime, saver: Saver, step: int, *, is_due: bool) -> None:
 
 
 def finish_writing(run: Runtime, saver: Saver, step: int) -> int:
-    """Take steps until nobody writes; returns the last."""
-    while any_rank_each(saver.signals(), run.platform.device)[0]:
+    """Take steps until no save is under way; returns the last."""
+    while saver._beside:
         step += 1
         take_step(run, saver, step, is_due=False)
-    step += 1
-    take_step(run, saver, step, is_due=False)
     return step
 
 
@@ -90,6 +88,7 @@ def save_through_failures(config: RunConfig, failures: list[str]) -> list[str]:
     run_dir, wrong = Path(config.run.dir), []
     checkpoints = run_dir / "checkpoints"
     saver_module.FIRST_PAUSE_SECONDS = 1e6  # no retry in between
+    run_dir.mkdir(exist_ok=True)
     with live_run(config) as run:
         data, events = open_run_data(config), []
         saver, step = saver_of(run, data, events), 1
@@ -97,6 +96,7 @@ def save_through_failures(config: RunConfig, failures: list[str]) -> list[str]:
         step = finish_writing(run, saver, step)
         for name in failures:
             before = {path.name for path in checkpoints.iterdir()}
+            dist.barrier()
             with FAILURES[name](run_dir):
                 events.clear()
                 step += 1
@@ -107,7 +107,7 @@ def save_through_failures(config: RunConfig, failures: list[str]) -> list[str]:
                     wrong.append(f"{name}: {events}")
             if {path.name for path in checkpoints.iterdir()} != before:
                 wrong.append(f"{name}: left {[path.name for path in checkpoints.iterdir()]}")
-            from_rank_zero(lambda: None)
+            dist.barrier()
             step += 1
             due = step
             take_step(run, saver, step, is_due=True)
@@ -162,8 +162,7 @@ def retry_and_kill_writers(config: RunConfig) -> list[str]:
         saver = saver_of(run, data, events)
         fill(run, 1)
         saver.after_step(progress_at(1), is_busy=False, is_due=True)
-        assert saver._writing is not None
-        os.kill(saver._writing[1].pid, signal.SIGKILL)
+        os.kill(saver._beside.writer.pid, signal.SIGKILL)
         step = finish_writing(run, saver, 1)
         while not any(event.startswith("Saved") for event in events):
             step += 1

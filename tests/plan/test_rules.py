@@ -291,6 +291,14 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         1,
         ['checkpoint.resume="nevr"', "Did you mean never?"],
     ),
+    (
+        "old_checkpoints_are_kept_apart",
+        ["checkpoint.keep_every_tokens=1000"],
+        1,
+        ["checkpoint.keep_every_tokens=1000", "checkpoint.keep_last=0"],
+    ),
+    ("allowed_changes_are_keys", ["checkpoint.allow_change=[lr.peek]"], 1, ["names lr.peek", "Did you mean lr.peak?"]),
+    ("allowed_changes_are_keys", ["checkpoint.allow_change=['']"], 1, ["an empty key"]),
     ("names_are_not_empty", ["run.name=' '"], 1, ['run.name=" "']),
     ("names_are_not_empty", ["data.tokenizer=''"], 1, ['data.tokenizer=""']),
 ]
@@ -332,6 +340,8 @@ def test_all_broken_rules_are_reported_together() -> None:
         ([TP2, PP2], 4),
         (["parallel.pipeline_parallel_size=10"], 10),
         (["checkpoint.resume=runs/a/checkpoints/step_000000100"], 1),
+        (["checkpoint.allow_change=[lr,data.phases,train.batch_schedule]"], 1),
+        (["checkpoint.keep_last=3", "checkpoint.keep_every_tokens=1000"], 1),
         (["train.train_tokens=600_000"], 1),  # phases that a short run never reaches are no mistake
         (["lr.schedule=constant", "lr.min=null", "lr.decay_tokens=null", "lr.decay_shape=null"], 1),
     ],
