@@ -3,14 +3,12 @@
     python launch/quickstart_report.py RUN_DIR
 
 Prints the loss at start and end, the held-out loss beside what counting reaches on the same tokens, where the picture
-is, and a few continuations of held-out text. Sampling runs the reference model on the whole text for every token: right
-and slow, good for a few lines.
+is, and a few continuations of held-out text.
 """
 
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,15 +17,15 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from data_tools.ngram import NgramLosses, NgramReport, measure_ngrams
-from nemotron_train.checkpoint.commit import newest_checkpoint, read_commit
-from nemotron_train.checkpoint.whole_weights import read_whole_weights
+from nemotron_train.checkpoint.commit import newest_checkpoint
+from nemotron_train.checkpoint.whole_weights import read_reference_model
 from nemotron_train.config.load import read_resolved
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.open_sources import expand_prefixes
 from nemotron_train.data.shard import Shard
 from nemotron_train.errors import CheckpointError, NemotronTrainError
-from nemotron_train.model.reference.hybrid_model import HybridModel
-from nemotron_train.model.reference.sizes import ReferenceSizes
+from nemotron_train.generate.continuations import Request, continue_prompts
+from nemotron_train.generate.sampling import Sampling
 from nemotron_train.observe.jsonl_writer import read_records
 from nemotron_train.observe.plot import draw_loss
 
@@ -119,38 +117,19 @@ def show_continuations(config: RunConfig, run_dir: Path, console: Console) -> No
     folder, _ = newest_checkpoint(run_dir / "checkpoints")
     if folder is None:
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no complete checkpoint to sample from.")
-    model = load_reference_model(folder)
     tokenizer = Tokenizer.from_file(str(Path(config.data.path) / config.data.tokenizer))
     sources = [source for source in config.data.sources if source.eval_prefixes]
     prompts = []
     for source in sources:
         shard = Shard(expand_prefixes(config.data, source, source.eval_prefixes, "eval_prefixes")[0])
-        prompts.append(torch.from_numpy(shard.read(0, PROMPT_TOKENS).astype("int64")))
-    sampled_BS = sample(model, torch.stack(prompts))
+        prompts.append(shard.read(0, PROMPT_TOKENS).tolist())
+    request = Request(max_new_tokens=SAMPLED_TOKENS, sampling=Sampling(TEMPERATURE, seed=SEED))
+    continuations = continue_prompts(read_reference_model(folder, torch.float32), prompts, request)
     console.print(f"\nHeld-out text and how the model of {folder.name} goes on (temperature {TEMPERATURE}):")
-    for source, tokens_S in zip(sources, sampled_BS.tolist(), strict=True):
+    for source, prompt, continuation in zip(sources, prompts, continuations, strict=True):
         console.rule(source.name, align="left")
-        console.print(tokenizer.decode(tokens_S[:PROMPT_TOKENS]), style="dim", end="", markup=False)
-        console.print(tokenizer.decode(tokens_S[PROMPT_TOKENS:]), style="bold", markup=False)
-
-
-def load_reference_model(folder: Path) -> HybridModel:
-    """Put a checkpoint's weights into the reference model, on the CPU in float32."""
-    sizes = read_commit(folder).model
-    model = HybridModel(ReferenceSizes(**{field.name: sizes[field.name] for field in fields(ReferenceSizes)}))
-    model.load_state_dict(read_whole_weights(folder))
-    return model.float().eval()
-
-
-def sample(model: HybridModel, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Append SAMPLED_TOKENS tokens to every row."""
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        for _ in range(SAMPLED_TOKENS):
-            logits_BV = model(tokens_BS)[:, -1] / TEMPERATURE
-            next_B1 = torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)
-            tokens_BS = torch.cat([tokens_BS, next_B1], dim=1)
-    return tokens_BS
+        console.print(tokenizer.decode(prompt), style="dim", end="", markup=False)
+        console.print(tokenizer.decode(continuation.tokens), style="bold", markup=False)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LEVELS = [
     {"checkpoint", "observe"},
     {"forward", "step", "evaluate"},
     {"trainer"},
-    {"train", "convert", "doctor"},
+    {"train", "convert", "generate", "doctor"},
 ]
 # Edges between parts of one level, with the reason.
 SIDEWAYS = {

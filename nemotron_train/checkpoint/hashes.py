@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from nemotron_train.checkpoint.torch_dist import (
     write_contents,
     write_files,
 )
+from nemotron_train.checkpoint.weights_only import holds_only_weights
 from nemotron_train.config.keys import plain
 from nemotron_train.config.load import fingerprint
 from nemotron_train.engine.groups import from_rank_zero, on_all_ranks
@@ -142,6 +143,9 @@ def commit_save(started: StartedSave, everyone: list[WrittenFiles]) -> Path:
 def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None]) -> Commit:
     """Load weights, master weights and moments from a checkpoint written under any layout.
 
+    One without optimizer state (`weights_only.py`) leaves the moments as they are and makes its weights the master
+    weights.
+
     Args:
         check: raises if the run must not go on from this commit; called before anything is loaded.
 
@@ -152,7 +156,8 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     commit = from_rank_zero(lambda: read_commit(folder))
     check(commit)
     common, table = on_all_ranks(lambda: _read_small_files(folder, commit))
-    state = sharded_state(run, is_loading=True)
+    only_weights = holds_only_weights(commit)
+    state = sharded_weights(run) if only_weights else sharded_state(run, is_loading=True)
     try:
         loaded = read_files(state, folder, commit, common, table)
     except _LOAD_ERRORS as error:
@@ -160,7 +165,10 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     on_all_ranks(lambda: _check_fp8_states(loaded))
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
-    run.optimizer.load_state_dict(loaded["optimizer"])
+    if only_weights:
+        run.optimizer.reload_model_params()
+    else:
+        run.optimizer.load_state_dict(loaded["optimizer"])
     return commit
 
 
@@ -182,10 +190,7 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     """The state of a run as Megatron-Core shards it: one entry per model chunk, and the optimizer."""
     allocate_state(run.optimizer)
     write_own_shards(run.optimizer)
-    metadata = {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
-    state: dict[str, Any] = {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)
-    }
+    metadata, state = _metadata(run), sharded_weights(run)
     model_state = {
         f"{index}.{key}": value for index in range(len(run.chunks)) for key, value in state[f"model{index}"].items()
     }
@@ -197,6 +202,18 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
     finally:
         gc.unfreeze()
     return state
+
+
+def sharded_weights(run: Runtime) -> dict[str, Any]:
+    """One entry per model chunk."""
+    return {
+        f"model{index}": chunk.module.sharded_state_dict(metadata=_metadata(run))
+        for index, chunk in enumerate(run.chunks)
+    }
+
+
+def _metadata(run: Runtime) -> dict[str, Any]:
+    return {**_stored_metadata(), "dp_cp_group": run.groups.dp_cp}
 
 
 def _stored_metadata() -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """Reads the whole weights out of a checkpoint, in one process, without process groups and whatever layout wrote it."""
 
-import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import load
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.safe_load import CheckedReader, damage_in
-from nemotron_train.model.names import PART_NAMES, rule_for
+from nemotron_train.checkpoint.stored_weights import StoredWeights
+from nemotron_train.errors import CheckpointError
+from nemotron_train.model.names import rule_for
+from nemotron_train.model.reference.hybrid_model import HybridModel
+from nemotron_train.model.reference.sizes import ReferenceSizes
 
 
 def read_whole_weights(folder: Path) -> dict[str, Tensor]:
@@ -20,31 +20,30 @@ def read_whole_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the folder is no complete checkpoint, or damaged.
     """
-    commit = read_commit(folder)
-    reader = CheckedReader(folder, commit)
-    stored = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+    stored = StoredWeights(folder)
+    return {name: stored.read(name) for name in stored.names}
+
+
+def read_reference_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> HybridModel:
+    """Return the reference model with a checkpoint's weights in `dtype`; those that training keeps in float32 stay so.
+
+    Raises:
+        CheckpointError: the folder is no complete checkpoint, damaged, or holds another model than it says.
+    """
+    facts, stored = read_commit(folder).model, StoredWeights(folder)
+    sizes = ReferenceSizes(**{field.name: facts[field.name] for field in fields(ReferenceSizes)})  # type: ignore[arg-type]
+    with torch.device("meta"):
+        model = HybridModel(sizes)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored.check_names(set(shapes))
+    for name, shape in shapes.items():
+        if stored.shape(name) != shape:
+            raise CheckpointError(
+                f"{name} in {folder} has the shape {stored.shape(name)}; its COMMIT.json says {shape}."
+            )
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = {
+        name: stored.read(name).to(device=device, dtype=wide if rule_for(name).float32 else dtype) for name in shapes
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is the intent
-        try:
-            load(stored, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:
-            raise damage_in(error) or error from error
-    weights: dict[str, Tensor] = {}
-    for key, tensor in stored.items():
-        name = _packed_name(key)
-        if name is None:
-            weights[key] = tensor
-        elif name not in weights:
-            weights[name] = torch.cat([stored[f"{name}.{PART_NAMES[part]}"] for part in rule_for(name).parts])
-    return weights
-
-
-def _packed_name(key: str) -> str | None:
-    """The parameter that a stored part belongs to: `….in_proj.weight` for `….in_proj.weight.z`; None for a whole
-    parameter."""
-    name, _, part = key.rpartition(".")
-    return name if part in PART_NAMES.values() and name.endswith(("weight", "bias")) else None
+    model.load_state_dict(weights, assign=True)
+    return model.eval()

@@ -1,4 +1,4 @@
-"""`python -m nemotron_train.convert export-hf | import-hf`: models to and from Hugging Face's format.
+"""`python -m nemotron_train.convert export-hf | import-hf | merge`: models to and from Hugging Face, and merged ones.
 
 What needs transformers and safetensors, which training does not, is loaded only once both are known to be there.
 """
@@ -27,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     try:
-        require(OPTIONAL_PACKAGES)
         arguments.run(arguments, console)
     except NemotronTrainError as error:
         Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"{type(error).__name__}: {error}")
@@ -37,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nemotron-convert", description="Take models to and from Hugging Face's format."
+        prog="nemotron-convert", description="Take models to and from Hugging Face's format, and merge them."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_export(commands.add_parser("export-hf", help="a checkpoint becomes a folder for transformers"))
     add_import(commands.add_parser("import-hf", help="such a folder becomes a checkpoint to train from"))
+    add_merge(commands.add_parser("merge", help="two checkpoints of one model become one, weight by weight"))
     return parser
 
 
@@ -64,14 +64,23 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Needs about 20 bytes of memory a weight: the optimizer's state is made too."
     option = parser.add_argument
     option("--input", type=Path, required=True, metavar="DIR", help="with config.json and .safetensors files")
     option("--output", type=Path, required=True, metavar="RUN_DIR", help="a run folder without checkpoints")
     parser.set_defaults(run=run_import)
 
 
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    checkpoint = "RUN_DIR/checkpoints/step_..., of any layout; given twice"
+    option("--checkpoint", type=Path, action="append", required=True, metavar="DIR", help=checkpoint)
+    option("--weight", type=float, required=True, metavar="SHARE", help="of the second checkpoint, from 0 to 1")
+    option("--output", type=Path, required=True, metavar="RUN_DIR", help="a run folder without checkpoints")
+    parser.set_defaults(run=run_merge)
+
+
 def run_export(arguments: argparse.Namespace, console: Console) -> None:
+    require(OPTIONAL_PACKAGES)
     export_hf = importlib.import_module("nemotron_train.convert.export_hf")
     request = export_hf.ExportRequest(
         checkpoint=arguments.checkpoint,
@@ -87,8 +96,16 @@ def run_export(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def run_import(arguments: argparse.Namespace, console: Console) -> None:
+    require(OPTIONAL_PACKAGES)
     import_hf = importlib.import_module("nemotron_train.convert.import_hf")
     import_hf.import_hugging_face(arguments.input, arguments.output, console)
+
+
+def run_merge(arguments: argparse.Namespace, console: Console) -> None:
+    if len(arguments.checkpoint) != 2:
+        raise ConfigError(f"merge takes two checkpoints; --checkpoint was given {len(arguments.checkpoint)} times.")
+    merge = importlib.import_module("nemotron_train.convert.merge")
+    merge.merge_checkpoints(*arguments.checkpoint, arguments.weight, arguments.output, console)
 
 
 def require(packages: Sequence[str]) -> None:
@@ -109,5 +126,5 @@ def parse_size(text: str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-if __name__ == "__main__":  # saving a checkpoint starts processes that import this module again
+if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.convert.hf_config import hugging_face_config, names_of
 from nemotron_train.convert.hf_weights import HfWeights
-from nemotron_train.convert.parity import compare_logits
+from nemotron_train.convert.parity import check_shapes, compare_logits
 from nemotron_train.data.open_sources import check_tokenizer
 from nemotron_train.errors import CheckpointError, ConfigError
 
@@ -59,6 +59,7 @@ def export_hugging_face(request: ExportRequest, console: Console) -> None:
         raise CheckpointError(f"Cannot write {unchecked}: {error}") from error
     weights.check(unchecked)
     console.print(f"Wrote {weights.num_elements:,} weights; read back, each is the checkpoint's.")
+    console.print(f"Names and shapes of all {check_shapes(unchecked):,} tensors are those that transformers expects.")
     if request.skip_parity is None:
         check_parity(request, unchecked, console)
     else:

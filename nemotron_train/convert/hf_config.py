@@ -4,7 +4,6 @@ One table serves both directions. Written are the keys of the released models (`
 transformers and the code beside the released weights read); read is whatever transformers reads.
 """
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -45,6 +44,17 @@ FIXED: dict[str, Any] = {
     "sliding_window": None,
     "num_nextn_predict_layers": 0,
 }
+# What the released configurations say besides, and a training run here does not decide.
+RELEASED: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "residual_in_fp32": False,
+    "time_step_max": 0.1,
+    "time_step_floor": 1e-4,
+    "num_logits_to_keep": 1,
+    "use_cache": True,
+    "use_mamba_kernels": True,
+}
 # transformers takes time_step_min, made for choosing the first dt_bias, as a floor of dt in the forward pass. Neither
 # Megatron-Core nor the code beside the released weights has a floor. 0 would be the same as none, but transformers
 # takes its logarithm while it builds a model.
@@ -78,10 +88,11 @@ def hugging_face_config(
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
-        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
         **values,
         "num_hidden_layers": len(values["hybrid_override_pattern"]),
         **FIXED,
+        **RELEASED,
         "time_step_min": NO_FLOOR,
         "rescale_prenorm_residual": model.initialization is Initialization.nemotron_h,
         **({"max_position_embeddings": max_length} if max_length else {}),
@@ -92,7 +103,7 @@ def hugging_face_config(
 
 
 def model_section(config: NemotronHConfig) -> ModelSection:
-    """Return the model that a Hugging Face configuration describes; `initialization` is left at its default.
+    """Return the model that a Hugging Face configuration describes.
 
     Raises:
         ConfigError: it has parts that our model does not have; names all of them.
@@ -110,10 +121,5 @@ def model_section(config: NemotronHConfig) -> ModelSection:
     values = {ours: getattr(config, theirs) for ours, theirs in SAME.items()}
     # The first released configurations call it so, and transformers keeps it as a key it does not know.
     values["attention_head_dim"] = getattr(config, "attention_head_dim", values["attention_head_dim"])
-    return ModelSection(**values)
-
-
-def recipe_keys(model: ModelSection) -> dict[str, Any]:
-    """Return the keys a model recipe states: those without a default, and those that differ from it."""
-    values = {field.name: (getattr(model, field.name), field.default) for field in fields(model)}
-    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
+    rescaled = config.rescale_prenorm_residual
+    return ModelSection(**values, initialization=Initialization.nemotron_h if rescaled else Initialization.gpt)

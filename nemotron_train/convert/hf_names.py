@@ -89,7 +89,7 @@ class HfNames:
         _check_names(ours.keys(), renamed.keys() | split.keys(), "this model")
         theirs = {their_name: ours[our_name] for our_name, their_name in renamed.items()}
         for our_name, their_names in split.items():
-            theirs.update(zip(their_names, self._split_qkv(ours[our_name]), strict=True))
+            theirs.update(zip(their_names, self.split_qkv(ours[our_name]), strict=True))
         return theirs
 
     def from_hugging_face(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,16 +104,16 @@ class HfNames:
         _check_names(theirs.keys() - repeated, known, "the Hugging Face model")
         ours = {our_name: theirs[their_name] for our_name, their_name in renamed.items()}
         for our_name, their_names in split.items():
-            ours[our_name] = self._join_qkv(*(theirs[name] for name in their_names))
+            ours[our_name] = self.join_qkv(*(theirs[name] for name in their_names))
         return ours
 
-    def _split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cut rows that stand group after group (q heads, k, v) into all q, all k, all v."""
         by_group = qkv.view(self.num_query_groups, -1, self.attention_head_dim, *qkv.shape[1:])
         q, k, v = by_group.split([by_group.shape[1] - 2, 1, 1], dim=1)
         return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
 
-    def _join_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def join_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = (self.num_query_groups, -1, self.attention_head_dim)
         return torch.cat([t.unflatten(0, shape) for t in (q, k, v)], dim=1).flatten(0, 2)
 

@@ -1,14 +1,15 @@
 """What are the weights of a checkpoint at Hugging Face, one parameter at a time; do written files hold just those?"""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nemotron_train.checkpoint.stored_weights import StoredWeights
 from nemotron_train.convert.hf_names import HfNames
 from nemotron_train.convert.safetensor_files import TensorFiles, plan_files, write_files
-from nemotron_train.convert.stored_weights import StoredWeights
 from nemotron_train.errors import CheckpointError
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "lm_head.weight"
@@ -22,7 +23,8 @@ class HfWeights:
         self._names = names
         self._renamed, self._split = names.renamed(), names.split()
         self._order = sorted([*self._renamed, *self._split], key=_place)
-        self._stored = StoredWeights(checkpoint, self._order)
+        self._stored = StoredWeights(checkpoint)
+        self._stored.check_names(set(self._order))
 
     @property
     def num_elements(self) -> int:
@@ -37,7 +39,7 @@ class HfWeights:
         """Return what one of our parameters is at Hugging Face: one tensor, or three, or a tied embedding twice."""
         tensor = self._stored.read(name)
         if name in self._split:
-            return dict(zip(self._split[name], self._names._split_qkv(tensor), strict=True))
+            return dict(zip(self._split[name], self._names.split_qkv(tensor), strict=True))
         theirs = {self._renamed[name]: tensor}
         if name == _EMBEDDING and self._names.tied_embeddings:
             # transformers 5 does not tie this class, whatever its configuration says: it wants both.
@@ -50,8 +52,7 @@ class HfWeights:
         if self._names.tied_embeddings:
             sizes[_EMBEDDING] *= 2
         files = plan_files(sizes, max_bytes)
-        contents = (self._tensors_of_all(names) for names in files)
-        write_files(folder, contents, len(files), total_bytes=sum(sizes.values()))
+        write_files(folder, [partial(self._tensors_of_all, names) for names in files], total_bytes=sum(sizes.values()))
 
     def check(self, folder: Path) -> None:
         """Read the files back and compare every bit with the checkpoint.

@@ -1,23 +1,23 @@
 """Does transformers compute from an export what our reference model computes from the checkpoint?
 
-Two checks. Every stored value is compared bit by bit, through the name map: that finds damaged files. Then both
-programs run on fixed prompts: that finds a wrong name map, configuration or loading.
+Three checks. Every stored value is compared bit by bit, through the name map (`hf_weights.py`): that finds damaged
+files. Names and shapes are compared with those of the model that transformers builds from `config.json`, without memory
+for it. Then both programs run on fixed prompts: that finds a wrong name map, configuration or loading.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import NemotronHForCausalLM
+from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.whole_weights import read_whole_weights
+from nemotron_train.checkpoint.whole_weights import read_reference_model
+from nemotron_train.convert.safetensor_files import TensorFiles
 from nemotron_train.errors import CheckpointError
-from nemotron_train.model.reference.hybrid_model import HybridModel
-from nemotron_train.model.reference.sizes import ReferenceSizes
 
 PROMPT_LENGTHS = (1, 17, 128, 150)  # one token; inside a chunk of the scan (128 by default); one whole; over its end
 PROMPT_SEED = 20
@@ -46,6 +46,23 @@ class Parity:
             f"(tolerance {self.tolerance:g}, largest logit {self.largest_logit:.3g}, "
             f"prompts of {', '.join(map(str, PROMPT_LENGTHS))} tokens)"
         )
+
+
+def check_shapes(exported: Path) -> int:
+    """Compare the headers of all files with the model that transformers makes of `config.json`, on the meta device.
+
+    Returns:
+        how many tensors there are.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape.
+    """
+    config = NemotronHConfig.from_pretrained(exported, local_files_only=True)
+    with torch.device("meta"):
+        model = NemotronHForCausalLM(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    TensorFiles(exported).check(shapes)
+    return len(shapes)
 
 
 def compare_logits(checkpoint: Path, exported: Path, tolerance: float) -> Parity:
@@ -87,12 +104,7 @@ def _logits_of_transformers(exported: Path, vocab_size: int) -> Iterator[Tensor]
 
 @torch.no_grad()
 def _logits_of_reference(checkpoint: Path, vocab_size: int) -> Iterator[Tensor]:
-    facts = read_commit(checkpoint).model
-    sizes = ReferenceSizes(**{field.name: facts[field.name] for field in fields(ReferenceSizes)})  # type: ignore[arg-type]
-    with torch.device("meta"):
-        model = HybridModel(sizes)
-    model.load_state_dict(read_whole_weights(checkpoint), assign=True)
-    model.float().eval()
+    model = read_reference_model(checkpoint, torch.float32)
     for tokens_BS in prompts(vocab_size):
         yield model(tokens_BS)
 

@@ -1,4 +1,4 @@
-"""Export and import on real checkpoints of two-step runs, opened by transformers itself."""
+"""Export and import of checkpoints that ranks have saved, opened by transformers itself."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -18,17 +17,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHConfig, N
 
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.checkpoint.resume_gate import model_facts
-from nemotron_train.checkpoint.whole_weights import read_whole_weights
-from nemotron_train.config.schema import ModelSection, PrecisionFormat, RunConfig
+from nemotron_train.checkpoint.whole_weights import read_reference_model, read_whole_weights
+from nemotron_train.config import load
+from nemotron_train.config.schema import Initialization, ModelSection, PrecisionFormat, RunConfig
 from nemotron_train.convert.__main__ import TOLERANCE, main, parse_size, require
 from nemotron_train.convert.export_hf import ExportRequest, export_hugging_face
-from nemotron_train.convert.hf_config import hugging_face_config, model_section, names_of, recipe_keys
+from nemotron_train.convert.hf_config import hugging_face_config, model_section, names_of
 from nemotron_train.convert.hf_weights import HfWeights
 from nemotron_train.convert.import_hf import import_hugging_face
+from nemotron_train.convert.new_run import recipe_keys
 from nemotron_train.convert.parity import compare_logits, prompts
 from nemotron_train.errors import CheckpointError, ConfigError
 from nemotron_train.model.reference.hybrid_model import HybridModel
 from nemotron_train.model.reference.sizes import ReferenceSizes
+from tests.random_checkpoints import random_checkpoint, save_again
 from tests.ranks import RankPool
 from tests.small_runs import VOCAB, small_config, train
 
@@ -45,12 +47,14 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Train each of RUNS for two steps."""
-    folder = tmp_path_factory.mktemp("trained")
+    """Let the ranks of each of RUNS load random weights and save them."""
+    folder = tmp_path_factory.mktemp("saved")
     found = {}
     for name, (world_size, sections) in RUNS.items():
-        ranks.run(train, world_size, short_config(corpus, folder / name, **sections))
-        found[name] = folder / name / "checkpoints" / f"step_{STEPS:09d}"
+        config = short_config(corpus, folder / name, **sections)
+        found[name], *_ = ranks.run(
+            save_again, world_size, config, random_checkpoint(folder / f"{name} alone", config.model)
+        )
     return found
 
 
@@ -75,12 +79,8 @@ def import_into(folder: Path, run_dir: Path) -> Path:
 
 
 def reference_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
-    facts = read_commit(checkpoint).model
-    sizes: dict[str, Any] = {field.name: facts[field.name] for field in fields(ReferenceSizes)}
-    model = HybridModel(ReferenceSizes(**sizes))
-    model.load_state_dict(read_whole_weights(checkpoint))
     with torch.no_grad():
-        return model.float()(tokens)
+        return read_reference_model(checkpoint, torch.float32)(tokens)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -149,19 +149,32 @@ def test_files_stay_below_the_size_asked_for(exports: dict) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_import_gives_back_the_weights_bit_by_bit(
-    ranks: RankPool, checkpoints: dict, exports: dict, tmp_path: Path, name: str
-) -> None:
+def test_import_gives_back_the_weights_bit_by_bit(checkpoints: dict, exports: dict, tmp_path: Path, name: str) -> None:
     """Fails if a weight is rounded, lost or permuted on the way there and back, or the model is called another."""
-    (imported,) = ranks.run(import_into, 1, exports[name], tmp_path / "run")
+    imported = import_into(exports[name], tmp_path / "run")
     before, after = read_whole_weights(checkpoints[name]), read_whole_weights(imported)
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype, key
         assert torch.equal(tensor, after[key]), key
     assert read_commit(imported).model == read_commit(checkpoints[name]).model
-    recipe = ModelSection(**yaml.safe_load((tmp_path / "run" / "model.yaml").read_text()))
-    assert model_facts(recipe) == read_commit(checkpoints[name]).model
+    output = tmp_path / "again"
+    assert main(["export-hf", f"--checkpoint={imported}", f"--output={output}", "--max-shard-size=30000"]) == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+        path.name: path.read_bytes() for path in exports[name].iterdir()
+    }
+
+
+def test_the_recipe_of_an_import_can_be_chosen_as_the_model(
+    checkpoints: dict, exports: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if `model=NAME` does not take the file, or makes another model of it."""
+    import_into(exports["tied"], tmp_path / "run")
+    shutil.copytree(load.RECIPES, tmp_path / "recipes")
+    shutil.copyfile(tmp_path / "run" / "model.yaml", tmp_path / "recipes" / "model" / "imported.yaml")
+    monkeypatch.setattr(load, "RECIPES", tmp_path / "recipes")
+    config = load.load_config(["experiment=own_text", "data.path=corpus", "model=imported"])
+    assert model_facts(config.model) == read_commit(checkpoints["tied"]).model
 
 
 @pytest.mark.parametrize("conversion", ["tp2 to fp32", "tp2 to bf16", "bf16 to bf16"])
@@ -173,7 +186,7 @@ def test_training_starts_from_an_import(
     Its learning rate is next to nothing: after two steps, which write the master weights back, the model is the same.
     """
     name, _, precision = conversion.split()
-    ranks.run(import_into, 1, exports[name], tmp_path / "run")
+    import_into(exports[name], tmp_path / "run")
     sections = {"precision": {"format": PrecisionFormat(precision)}, "model": RUNS[name][1].get("model", {})}
     rates = {"peak": 1e-12, "min": 1e-12}
     ranks.run(train, 2, short_config(corpus, tmp_path / "run", lr=rates, run={"seed": 1234}, **sections))
@@ -189,7 +202,7 @@ def test_config_json_says_the_model_section() -> None:
     for section in different_models():
         written = hugging_face_config(section, torch.float32)
         read = model_section(NemotronHConfig(**json.loads(json.dumps(written))))
-        assert read == replace(section, initialization=read.initialization)  # only how weights start is not kept
+        assert read == section
         assert ModelSection(**recipe_keys(read)) == read
 
 
@@ -235,6 +248,8 @@ def different_models() -> Iterator[ModelSection]:
             yield replace(model, **{field.name: not value})  # type: ignore[arg-type]
         elif isinstance(value, int | float):
             yield replace(model, **{field.name: value * 2})  # type: ignore[arg-type]
+        else:
+            yield replace(model, initialization=Initialization.gpt)
 
 
 def test_older_spellings_of_the_released_configurations_are_read() -> None:
@@ -259,7 +274,7 @@ def test_a_model_that_ours_cannot_be_is_refused(change: dict, said: str) -> None
         model_section(NemotronHConfig(**{**written, **change}))
 
 
-def test_a_tied_model_with_another_head_is_refused(ranks: RankPool, exports: dict, tmp_path: Path) -> None:
+def test_a_tied_model_with_another_head_is_refused(exports: dict, tmp_path: Path) -> None:
     """Fails if importing throws a trained head away."""
     broken = tmp_path / "broken"
     shutil.copytree(exports["tied"], broken)
