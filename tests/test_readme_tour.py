@@ -8,6 +8,9 @@ import pytest
 
 from data_tools.__main__ import main as data_tools
 from nemotron_train.config.load import load_config
+from nemotron_train.convert.__main__ import main as convert
+from nemotron_train.generate.__main__ import main as generate
+from nemotron_train.plan.__main__ import main as plan_command
 from nemotron_train.plan.run_plan import plan_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,15 +30,15 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def trained(command: str) -> tuple[list[str], int] | None:
-    """The overrides and the number of ranks of a command that trains or plans; None for other commands."""
+    """The overrides and the number of ranks of a command that trains; None for other commands."""
     words = shlex.split(command)
-    overrides = [word for word in words if "=" in word and not word.startswith(("RANKS=", "world_size="))]
+    overrides = [word for word in words if "=" in word and not word.startswith("RANKS=")]
     if "quickstart.sh" in command:
         ranks = int(words[0].removeprefix("RANKS=")) if words[0].startswith("RANKS=") else 2
         micro_batch = [f"train.micro_batch_size={16 // ranks}"] if ranks > 2 else []
         return ["experiment=quickstart", *micro_batch, *overrides], ranks
-    if "nemotron_train.train" in command or "nemotron_train.plan" in command:
-        counts = re.findall(r"(?:--nproc-per-node |world_size=)(\d+)", command)
+    if "nemotron_train.train" in command:
+        counts = re.findall(r"--nproc-per-node (\d+)", command)
         return overrides, int(counts[0]) if counts else 1
     return None
 
@@ -47,6 +50,21 @@ def test_every_run_that_readme_shows_can_be_planned(command: str) -> None:
     assert run is not None
     overrides, world_size = run
     assert plan_run(load_config(overrides), world_size).num_steps > 0
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "nemotron_train.plan" in command])
+def test_every_plan_that_readme_shows_is_printed(command: str, tmp_path: Path) -> None:
+    """Fails if an argument of the planner was renamed, or an experiment no longer fits the ranks shown beside it."""
+    words = shlex.split(command)
+    assert plan_command([str(tmp_path / word) if word.endswith(".png") else word for word in words[3:]]) == 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"nemotron_train\.(convert|generate)", c)])
+def test_every_conversion_that_readme_shows_takes_its_arguments(command: str, tmp_path: Path) -> None:
+    """Fails if a command or one of its options was renamed (its input does not exist here, which is another error)."""
+    words = shlex.split(command)
+    arguments = [str(tmp_path / word) if "/" in word or word == "exported" else word for word in words[3:]]
+    assert (generate if "generate" in command else convert)(arguments) == 1
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "data_tools" in command])

@@ -41,7 +41,7 @@ def test_the_slice_needs_what_was_measured_on_one_gpu(precision: str, measured_g
 
 
 def test_whole_steps_of_the_slice_need_what_was_measured() -> None:
-    """Fails if AdamW's moments are forgotten. Measured by benchmarks/train_step.py (2026-11-26, fp8_block) after this was
+    """Fails if moments are forgotten. Measured by benchmarks/train_step.py (2026-11-26, fp8_block) after this was
     planned."""
     (rank,) = memory(*SLICE, "precision.format=fp8_block", *ALL_IN_FP8)
     assert rank.peak / GIB == pytest.approx(96.58, rel=0.005)
