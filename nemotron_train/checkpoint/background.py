@@ -57,9 +57,8 @@ class BackgroundWriter:
             written = WrittenFiles(
                 self._rank, error=f"the writer process ended with exit code {self._process.exitcode}"
             )
-        self._process.join()
         self._receiver.close()
-        return written
+        return written  # the process is on its way out; the next one's start, or this one's end, takes leave of it
 
 
 def _write_and_leave(write: Callable[[], WrittenFiles], sender: Connection) -> None:

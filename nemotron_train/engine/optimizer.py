@@ -82,7 +82,7 @@ def take_step(optimizer: Optimizer) -> OptimizerStep:
 
 def allocate_state(optimizer: Optimizer) -> None:
     """Give torch's AdamW, which has no state before its first update, moments and step counters to load a checkpoint
-    into.
+    into, or to save. What is there stays.
 
     Megatron-Core (0.16) asks for the counters before loading, and then forgets to set them parameter by parameter; it
     has read them from the parameter groups by then. To be deleted when its `_set_main_param_and_optimizer_states`
@@ -95,9 +95,9 @@ def allocate_state(optimizer: Optimizer) -> None:
         for group in adam.param_groups:
             for parameter in group["params"]:
                 state = adam.state[parameter]
-                state.setdefault("step", torch.tensor(0.0))
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    state.setdefault(moment, torch.zeros_like(parameter))
+                if "step" not in state:
+                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    state.update({"step": torch.tensor(0.0), **zeros})
         part._set_main_param_and_optimizer_states = partial(_set_state, part)
 
 
