@@ -20,7 +20,7 @@ from rich.table import Table
 
 from nemotron_train.checkpoint.background import BackgroundWriter
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.store import commit_save, finish_save, gather_written, start_save
+from nemotron_train.checkpoint.store import commit_save, finish_save, gather_reports, start_save
 from nemotron_train.config.load import load_config
 from nemotron_train.engine.groups import process_groups
 from nemotron_train.engine.optimizer import allocate_state
@@ -36,25 +36,26 @@ BARS = {"stall": 0.20, "hashing": 0.10}
 def measure(run: Runtime, repetitions: int) -> dict[str, list[float]]:
     """Save both ways in turns; returns seconds by what they were spent on."""
     seconds: dict[str, list[float]] = {name: [] for name in ("sync", "start", "fork", "beside", "gather", "commit")}
-    step = 0
+    step, agreed = 0, None
     for _ in track(range(repetitions), description="saves", transient=True):
         step += 1
         began = time.perf_counter()
-        started = start_save(run, Progress(step=step), "", is_first=step == 1)
+        started = start_save(run, Progress(step=step), "", agreed=agreed)
         finish_save(started, started.write())
         seconds["sync"].append(time.perf_counter() - began)
         step += 1
         began = time.perf_counter()
-        started = start_save(run, Progress(step=step), "", is_first=step == 1)
+        agreed = started.agreed
+        started = start_save(run, Progress(step=step), "", agreed=agreed)
         planned = time.perf_counter()
         writer = BackgroundWriter(started.write, 0)
         forked = time.perf_counter()
         while writer.is_writing:
             time.sleep(0.001)
         done = time.perf_counter()
-        everyone = gather_written(writer.result(60))
+        reports = gather_reports(writer.report(60))
         gathered = time.perf_counter()
-        commit_save(started, everyone)
+        commit_save(started, reports)
         for name, value in zip(
             ("start", "fork", "beside", "gather", "commit"),
             (planned - began, forked - planned, done - forked, gathered - done, time.perf_counter() - gathered),
@@ -109,7 +110,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "what" else "right")
     for what, value in (
         ("save that training waits for", seconds["sync"]),
-        ("  plan and copy", seconds["start"]),
+        ("  start: folder, facts", seconds["start"]),
         ("  start the writer", seconds["fork"]),
         ("  gather what was written", seconds["gather"]),
         ("  (the writer, a process beside training)", seconds["beside"]),

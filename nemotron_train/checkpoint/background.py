@@ -7,7 +7,6 @@ copy: pages that the next step changes are copied by the operating system then, 
 import ctypes
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -44,21 +43,23 @@ class BackgroundWriter:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def result(self, timeout_seconds: float) -> WrittenFiles:
-        """Wait for the writer; a writer that died, or is not done in time, is a failed write."""
+    def report(self, timeout_seconds: float) -> bytes:
+        """Wait for the writer and return its `WrittenFiles.to_report`; a writer that died, or is not done in time, is
+        a failed write."""
         if not self._receiver.poll(timeout_seconds):
             self._process.kill()
             self._process.join()
-            return WrittenFiles(self._rank, error=f"the writer process was not done after {timeout_seconds:g} s more")
+            return self._failed(f"was not done after {timeout_seconds:g} s more")
         try:
-            written: WrittenFiles = pickle.loads(self._receiver.recv_bytes())  # from our own process, not from a disk
+            report = self._receiver.recv_bytes()
         except EOFError:
             self._process.join()
-            written = WrittenFiles(
-                self._rank, error=f"the writer process ended with exit code {self._process.exitcode}"
-            )
+            report = self._failed(f"ended with exit code {self._process.exitcode}")
         self._receiver.close()
-        return written  # the process is on its way out; the next one's start, or this one's end, takes leave of it
+        return report  # the process is on its way out; the next one's start, or this one's end, takes leave of it
+
+    def _failed(self, how: str) -> bytes:
+        return WrittenFiles(self._rank, error=f"the writer process {how}").to_report()
 
 
 def _write_and_leave(write: Callable[[], WrittenFiles], sender: Connection) -> None:
@@ -68,7 +69,7 @@ def _write_and_leave(write: Callable[[], WrittenFiles], sender: Connection) -> N
         _libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # nobody would commit what an orphan wrote
     exit_code = 1
     try:
-        sender.send_bytes(pickle.dumps(write()))
+        sender.send_bytes(write().to_report())
         exit_code = 0
     finally:
         os._exit(exit_code)

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from nemotron_train.checkpoint.background import BackgroundWriter
 from nemotron_train.checkpoint.resume import checkpoints_folder
 from nemotron_train.checkpoint.retention import drop_old_checkpoints
-from nemotron_train.checkpoint.store import StartedSave, commit_save, finish_save, gather_written, start_save
+from nemotron_train.checkpoint.store import StartedSave, commit_save, finish_save, gather_reports, start_save
+from nemotron_train.checkpoint.torch_dist import AgreedPlan
 from nemotron_train.data.blend import BlendPlan
 from nemotron_train.engine.groups import from_rank_zero
 from nemotron_train.errors import CheckpointError
@@ -69,7 +70,7 @@ class Saver:
         self._saved_step = saved_step
         self._beside: _SaveBeside | None = None
         self._committer = ThreadPoolExecutor(1)
-        self._is_first = True
+        self._agreed: AgreedPlan | None = None  # in the first save
         self._pause, self._retry_at = FIRST_PAUSE_SECONDS, float("inf")
 
     def signals(self) -> tuple[bool, bool]:
@@ -128,17 +129,18 @@ class Saver:
                 raise CheckpointError(f"{self._checkpoints.parent} is gone.")
 
         from_rank_zero(check_folder)
-        is_first, self._is_first = self._is_first, False
         blend, tokens = self._blend, progress.consumed_tokens
-        return start_save(self._run, progress, blend.past_hash(tokens), blend.past(tokens), is_first=is_first)
+        started = start_save(self._run, progress, blend.past_hash(tokens), blend.past(tokens), self._agreed)
+        self._agreed = started.agreed
+        return started
 
     def _next_stage(self, save: _SaveBeside) -> None:
         """From written to being committed, or from committed to done; waits for this rank's part if it must."""
         if save.writer is not None:
-            everyone = gather_written(save.writer.result(self._run.plan.config.parallel.timeout_seconds / 2))
+            reports = gather_reports(save.writer.report(self._run.plan.config.parallel.timeout_seconds / 2))
             save.writer = None
             if dist.get_rank() == 0:
-                save.commit = self._committer.submit(partial(commit_save, save.started, everyone))
+                save.commit = self._committer.submit(partial(commit_save, save.started, reports))
             return
         self._beside = None
         try:

@@ -2,8 +2,9 @@
 
 import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ from nemotron_train.checkpoint.safe_load import (
     read_table_of_contents,
 )
 from nemotron_train.checkpoint.torch_dist import (
-    PlannedFiles,
+    AgreedPlan,
+    CollectedFiles,
     WrittenFiles,
-    plan_files,
+    agree_on_plan,
+    collect_files,
     read_files,
     write_contents,
     write_files,
@@ -55,13 +58,14 @@ class StartedSave:
     """A checkpoint that every rank knows its part of, and that nobody has written yet."""
 
     folder: Path
-    planned: PlannedFiles
+    agreed: AgreedPlan
+    collect: Callable[[], CollectedFiles]
     facts: dict[str, Any]  # of the commit
     step: int
 
     def write(self) -> WrittenFiles:
         """Write this rank's part. Needs no other rank; never raises."""
-        return write_files(self.planned, self.folder)
+        return write_files(self.collect, self.folder, self.agreed.rank)
 
 
 def save_checkpoint(run: Runtime, progress: Progress, data_hash: str, data_past: dict[str, Any] | None = None) -> Path:
@@ -77,14 +81,18 @@ def save_checkpoint(run: Runtime, progress: Progress, data_hash: str, data_past:
 
 
 def start_save(
-    run: Runtime, progress: Progress, data_hash: str, data_past: dict[str, Any] | None = None, *, is_first: bool = True
+    run: Runtime,
+    progress: Progress,
+    data_hash: str,
+    data_past: dict[str, Any] | None = None,
+    agreed: AgreedPlan | None = None,
 ) -> StartedSave:
-    """Make the folder and decide who writes what; training must not go on before `write`, or a fork, has the tensors.
+    """Make the folder and decide who writes what; training must not go on before `write`, or a fork for it.
 
     Args:
         data_hash: of everything that decided the samples up to now (`BlendPlan.past_hash`).
         data_past: that itself (`BlendPlan.past`), for people.
-        is_first: of this process; later ones leave out comparisons whose result cannot change.
+        agreed: who wrote what in an earlier save of this run, which is the same in every save.
 
     Raises:
         CheckpointError: on every rank, when the folder cannot be made.
@@ -92,7 +100,11 @@ def start_save(
     config = run.plan.config
     folder = from_rank_zero(lambda: start_folder(checkpoints_folder(config), progress.step))
     with weights_complete(run.chunks):
-        planned = plan_files(sharded_state(run, is_loading=False), _stored_metadata(), folder, is_first=is_first)
+        agreed = agreed or agree_on_plan(sharded_state(run, is_loading=False))
+    collect: Callable[[], CollectedFiles] = partial(_collect, run, agreed)
+    if run.platform.is_cuda:  # a forked process cannot use the GPU
+        copied = collect()
+        collect = lambda: copied  # noqa: E731
     facts = dict(
         **asdict(progress),
         model=model_facts(config.model),
@@ -103,7 +115,11 @@ def start_save(
         layout=asdict(run.plan.layout),
         versions={name: version(name) for name in ("torch", "megatron-core", "numpy")},
     )
-    return StartedSave(folder, planned, facts, progress.step)
+    return StartedSave(folder, agreed, collect, facts, progress.step)
+
+
+def _collect(run: Runtime, agreed: AgreedPlan) -> CollectedFiles:
+    return collect_files(sharded_state(run, is_loading=False), _stored_metadata(), agreed)
 
 
 def finish_save(started: StartedSave, written: WrittenFiles) -> Path:
@@ -112,29 +128,29 @@ def finish_save(started: StartedSave, written: WrittenFiles) -> Path:
     Raises:
         CheckpointError: on every rank, when any of them could not write; the temporary folder is gone then.
     """
-    everyone = gather_written(written)
-    return from_rank_zero(lambda: commit_save(started, everyone))
+    reports = gather_reports(written.to_report())
+    return from_rank_zero(lambda: commit_save(started, reports))
 
 
-def gather_written(written: WrittenFiles) -> list[WrittenFiles]:
+def gather_reports(report: bytes) -> list[bytes]:
     """Tell rank 0 what all ranks wrote; returns nothing on the others."""
-    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(written, everyone)
-    return everyone or []
+    reports: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(report, reports)
+    return reports or []
 
 
-def commit_save(started: StartedSave, everyone: list[WrittenFiles]) -> Path:
+def commit_save(started: StartedSave, reports: Sequence[bytes]) -> Path:
     """Finish a checkpoint on rank 0, from what all ranks wrote; needs no other rank.
 
     Raises:
         CheckpointError: a rank, or this one now, could not write; the temporary folder is gone then.
     """
-    folder = started.folder
+    folder, everyone = started.folder, [WrittenFiles.from_report(report) for report in reports]
     try:
         errors = [f"rank {written.rank}: {written.error}" for written in everyone if written.error]
         if errors:
             raise CheckpointError("; ".join(errors))
-        return commit_folder(folder, write_contents(started.planned, everyone, folder), **started.facts)
+        return commit_folder(folder, write_contents(started.agreed, everyone, folder), **started.facts)
     except (OSError, CheckpointError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(f"Cannot write the checkpoint of step {started.step} to {folder}: {error}") from error

@@ -1,20 +1,23 @@
 """How the state of all ranks becomes files of Megatron-Core's `torch_dist` format, and how it is read from them.
 
-A save has three parts, so that a failing disk cannot leave some ranks waiting for others, and so that the middle one
-can run beside training:
+A save has parts, so that a failing disk cannot leave some ranks waiting for others, and so that most of it can run
+beside training:
 
-1. `plan_files`: all ranks together decide who writes what, and copy it out of the device. No disk is touched.
-2. `write_files`: each rank for itself writes, hashes and syncs its files. Nothing is said to other ranks; what goes
+1. `agree_on_plan`: all ranks together decide who writes what. No disk is touched. What they agreed on holds for every
+   later state of the same run.
+2. `collect_files`: each rank for itself takes what it has to write, off the device where that is a GPU.
+3. `write_files`: each rank for itself writes, hashes and syncs its files. Nothing is said to other ranks; what goes
    wrong is returned.
-3. `write_contents`: one rank, which knows what all others wrote, adds the table of contents.
+4. `write_contents`: one rank, which knows what all others wrote, adds the table of contents.
 
 Megatron-Core's own `save` mixes these: its rank 0 writes `common.pt` before the ranks have agreed on anything.
 """
 
 import io
 import json
+import pickle
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,14 +58,20 @@ FILES_PER_RANK = 2  # written side by side
 
 
 @dataclass(frozen=True)
-class PlannedFiles:
-    """What this rank will write. The tensors lie in host memory; on a CPU run they may be the model's own."""
+class AgreedPlan:
+    """Who writes what."""
 
     rank: int
+    files: dict[str, list[WriteItem]]  # of this rank, by name
+    contents: Metadata | None  # the table of contents, but for the places: on rank 0
+
+
+@dataclass(frozen=True)
+class CollectedFiles:
+    """What this rank will write. On a CPU run the tensors may be the model's own."""
+
     files: dict[str, list[tuple[WriteItem, Any]]]  # tensors and objects by file name
     common: dict[str, Any] | None  # what all ranks share: rank 0 writes it
-    contents: Metadata | None  # the table of contents, but for the places: on rank 0
-    writer: FileSystemWriterAsync
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,20 @@ class WrittenFiles:
     places: list[WriteResult] = field(default_factory=list)
     error: str | None = None
 
+    def to_report(self) -> bytes:
+        """Return what another process takes with `from_report`; large, and slow to take apart."""
+        return pickle.dumps(self)
+
+    @staticmethod
+    def from_report(report: bytes) -> "WrittenFiles":
+        """Take a report of a process of this run; never one from a disk."""
+        return pickle.loads(report)
+
 
 class _PlanOnlyWriter(FileSystemWriterAsync):
     """Plans as Megatron-Core's writer does and leaves the disk, and processes, to `write_files`."""
 
-    planned: dict[str, list[tuple[WriteItem, Any]]]
+    planned: dict[str, list[WriteItem]]
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -86,11 +104,42 @@ class _PlanOnlyWriter(FileSystemWriterAsync):
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         buckets = [items for items in _split_by_size_and_type(self.thread_count, plan.items) if items]
         self.planned = {
-            f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}": [
-                (item, _on_host(planner.resolve_data(item))) for item in items
-            ]
-            for number, items in enumerate(buckets)
+            f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}": items for number, items in enumerate(buckets)
         }
+
+
+def agree_on_plan(state: dict[str, Any]) -> AgreedPlan:
+    """Decide, all ranks together, who writes what of a Megatron-Core sharded state; shards that overlap or leave gaps
+    are refused."""
+    by_key, _ = _prepared(state, validate=True)
+    writer = _PlanOnlyWriter("", thread_count=FILES_PER_RANK)
+    (_, contents, _), *_ = save_state_dict_async_plan(by_key, writer, planner=_planner())
+    if contents is not None:
+        contents.__dict__.pop("all_local_plans", None)  # Megatron-Core's way of using plans again
+    return AgreedPlan(dist.get_rank(), writer.planned, contents)
+
+
+def collect_files(state: dict[str, Any], content_metadata: dict[str, Any], agreed: AgreedPlan) -> CollectedFiles:
+    """Take what this rank writes out of a state like that which was agreed on. Needs no other rank."""
+    by_key, common = _prepared({**state, "content_metadata": content_metadata}, validate=False)
+    planner = _planner()
+    planner.set_up_planner(by_key, is_coordinator=False)
+    files = {
+        name: [(item, _on_host(planner.resolve_data(item))) for item in items] for name, items in agreed.files.items()
+    }
+    torch.cuda.synchronize()  # copies to the host are done; on a CPU run, nothing to wait for
+    return CollectedFiles(files, common if agreed.rank == 0 else None)
+
+
+def _prepared(state: dict[str, Any], *, validate: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the shards of a state as torch's planner takes them, and what all ranks share."""
+    sharded, common = save_preprocess(state, validate)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    return mcore_to_pyt_state_dict(by_key), common
+
+
+def _planner() -> MCoreSavePlanner:
+    return MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
 
 
 def _on_host(data: Any) -> Any:
@@ -98,37 +147,20 @@ def _on_host(data: Any) -> Any:
     return data.detach().to("cpu", non_blocking=True) if isinstance(data, torch.Tensor) else data
 
 
-def plan_files(
-    state: dict[str, Any], content_metadata: dict[str, Any], folder: Path, *, is_first: bool
-) -> PlannedFiles:
-    """Decide, all ranks together, who writes what of a Megatron-Core sharded state.
-
-    Args:
-        is_first: of this process; then Megatron-Core compares all ranks' shards, which are the same in every save.
-    """
-    sharded, common = save_preprocess({**state, "content_metadata": content_metadata}, is_first)
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    writer = _PlanOnlyWriter(str(folder), thread_count=FILES_PER_RANK)
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    (_, contents, _), *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, planner=planner)
-    torch.cuda.synchronize()  # copies to the host are done; on a CPU run, nothing to wait for
-    rank = dist.get_rank()
-    return PlannedFiles(rank, writer.planned, common if rank == 0 else None, contents, writer)
-
-
-def write_files(planned: PlannedFiles, folder: Path) -> WrittenFiles:
+def write_files(collect: Callable[[], CollectedFiles], folder: Path, rank: int) -> WrittenFiles:
     """Write, hash and sync this rank's files. Never raises: others must hear of a failure, not wait for it."""
     try:
+        mine = collect()
         with ThreadPoolExecutor(FILES_PER_RANK) as pool:
-            written = list(pool.map(lambda name: _write_one(folder / name, planned.files[name]), planned.files))
-        files = {name: stored for name, (stored, _) in zip(planned.files, written, strict=True)}
-        if planned.common is not None:
-            files[COMMON_STATE_FNAME] = _write_pickled(folder / COMMON_STATE_FNAME, planned.common)
+            written = list(pool.map(lambda name: _write_one(folder / name, mine.files[name]), mine.files))
+        files = {name: stored for name, (stored, _) in zip(mine.files, written, strict=True)}
+        if mine.common is not None:
+            files[COMMON_STATE_FNAME] = _write_pickled(folder / COMMON_STATE_FNAME, mine.common)
             config = json.dumps(vars(CheckpointingConfig("torch_dist", 1))).encode()
             files[CONFIG_FILE] = write_file(folder / CONFIG_FILE, [config])
     except Exception as error:
-        return WrittenFiles(planned.rank, error=f"{type(error).__name__}: {error}")
-    return WrittenFiles(planned.rank, files, [place for _, places in written for place in places])
+        return WrittenFiles(rank, error=f"{type(error).__name__}: {error}")
+    return WrittenFiles(rank, files, [place for _, places in written for place in places])
 
 
 def _write_one(path: Path, items: Iterable[tuple[WriteItem, Any]]) -> tuple[StoredFile, list[WriteResult]]:
@@ -160,12 +192,11 @@ def _write_pickled(path: Path, value: Any) -> StoredFile:
     return write_file(path, [content.getvalue()])
 
 
-def write_contents(planned: PlannedFiles, everyone: Sequence[WrittenFiles], folder: Path) -> dict[str, StoredFile]:
+def write_contents(agreed: AgreedPlan, everyone: Sequence[WrittenFiles], folder: Path) -> dict[str, StoredFile]:
     """Write the table of contents; returns the files of all ranks, that one included."""
-    contents = planned.contents
-    assert contents is not None, "the ranks gathered their plans on this rank"
-    contents.__dict__.pop("all_local_plans", None)  # only for reusing plans in later saves, which is not done here
-    planned.writer.finish(contents, [written.places for written in everyone])
+    assert agreed.contents is not None, "the ranks gathered their plans on this rank"
+    writer = FileSystemWriterAsync(str(folder))
+    writer.finish(agreed.contents, [written.places for written in everyone])
     files = {name: stored for written in everyone for name, stored in written.files.items()}
     files[METADATA_FILE] = hash_file(folder / METADATA_FILE)
     return files
