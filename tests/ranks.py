@@ -58,7 +58,7 @@ class RankPool:
     def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         """Run `function(*args)` as ranks 0 … world_size - 1; returns what each rank returned."""
         self._grow(world_size)
-        port = _free_port()
+        port = free_port()
         for rank in range(world_size):
             self._workers[rank][1].put((function, rank, world_size, port, args))
         returned: dict[int, Any] = {}
@@ -83,7 +83,7 @@ class RankPool:
         self._workers, self._results = [], None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -21,18 +21,23 @@ from nemotron_train.model.names import PART_NAMES, rule_for
 # torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
 _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, CheckpointException)
 
+_NO_PARAMETERS = ("optimizer.", "chained_", "rng_state")  # keys of what Megatron-LM stores besides
+
 
 class StoredWeights:
     """The parameters of one complete checkpoint, packed ones as the mixer holds them on one rank."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, committed: bool = True) -> None:
         """Read the checkpoint's table of contents.
 
+        Args:
+            committed: it has hashes, which are compared; False for one that Megatron-Core wrote.
+
         Raises:
-            CheckpointError: the folder is no complete checkpoint, or lacks a part of a packed parameter.
+            CheckpointError: the folder is no checkpoint, or lacks a part of a packed parameter.
         """
-        commit = read_commit(folder)
         self.folder = folder
+        commit = read_commit(folder) if committed else None
         try:
             self._reader = CheckedReader(folder, commit)
         except OSError as error:
@@ -40,7 +45,7 @@ class StoredWeights:
         self._entries = {
             key: entry
             for key, entry in self._reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NO_PARAMETERS)
         }
         self._keys = {name: _stored_under(name) for name in dict.fromkeys(map(parameter_of, self._entries))}
         lacking = sorted({key for keys in self._keys.values() for key in keys} - self._entries.keys())
