@@ -5,6 +5,7 @@ group's environment, and returns something picklable. A job that fails on any ra
 traceback, and the pool is started anew.
 """
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -36,6 +37,9 @@ def _serve(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
             results.put((rank, True, function(*args)))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
+        # Runs refer to themselves in circles, and each keeps some fifty threads of its process groups alive.
+        del function, args, job
+        gc.collect()
 
 
 class RankPool:
