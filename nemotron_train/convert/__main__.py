@@ -1,4 +1,5 @@
-"""`python -m nemotron_train.convert export-hf | import-hf | merge`: models to and from Hugging Face, and merged ones.
+"""`python -m nemotron_train.convert export-hf | import-hf | import-mcore | merge`: models to and from Hugging Face,
+from Megatron-Core, and merged ones.
 
 What needs transformers and safetensors, which training does not, is loaded only once both are known to be there.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nemotron_train.config.load import load_config
 from nemotron_train.errors import EXIT_FAILED, ConfigError, NemotronTrainError
 
 OPTIONAL_PACKAGES = ("transformers", "safetensors")
@@ -36,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nemotron-convert", description="Take models to and from Hugging Face's format, and merge them."
+        prog="nemotron-convert", description="Take models to and from other programs' formats, and merge them."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_export(commands.add_parser("export-hf", help="a checkpoint becomes a folder for transformers"))
     add_import(commands.add_parser("import-hf", help="such a folder becomes a checkpoint to train from"))
+    add_import_mcore(commands.add_parser("import-mcore", help="so does a checkpoint that Megatron-Core wrote"))
     add_merge(commands.add_parser("merge", help="two checkpoints of one model become one, weight by weight"))
     return parser
 
@@ -68,6 +71,15 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     option("--input", type=Path, required=True, metavar="DIR", help="with config.json and .safetensors files")
     option("--output", type=Path, required=True, metavar="RUN_DIR", help="a run folder without checkpoints")
     parser.set_defaults(run=run_import)
+
+
+def add_import_mcore(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--input", type=Path, required=True, metavar="DIR", help="with .metadata and .distcp files (torch_dist)")
+    option("--output", type=Path, required=True, metavar="RUN_DIR", help="a run folder without checkpoints")
+    model = "which model it is, as for training: experiment=NAME model.KEY=VALUE ..."
+    option("overrides", nargs="+", metavar="KEY=VALUE", help=model)
+    parser.set_defaults(run=run_import_mcore)
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +111,12 @@ def run_import(arguments: argparse.Namespace, console: Console) -> None:
     require(OPTIONAL_PACKAGES)
     import_hf = importlib.import_module("nemotron_train.convert.import_hf")
     import_hf.import_hugging_face(arguments.input, arguments.output, console)
+
+
+def run_import_mcore(arguments: argparse.Namespace, console: Console) -> None:
+    import_mcore = importlib.import_module("nemotron_train.convert.import_mcore")
+    model = load_config(arguments.overrides).model
+    import_mcore.import_megatron_core(arguments.input, model, arguments.output, console)
 
 
 def run_merge(arguments: argparse.Namespace, console: Console) -> None:

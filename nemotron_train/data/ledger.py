@@ -39,7 +39,7 @@ class ConsumptionLedger:
     def __init__(self, run_dir: Path, blend: BlendPlan) -> None:
         self._path = run_dir / NAME
         self._blend = blend
-        self._may_be_torn = True  # the last line: by a run that was killed, or a disk that was full, while it was written
+        self._may_be_torn = True  # the last line, by a kill or a full disk while it was written
 
     def begin(self, step: int, sources: Sequence[Source]) -> None:
         """Say which data the steps after `step` read."""
