@@ -3,7 +3,8 @@ step."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,6 @@ from nemotron_train.evaluate import evaluate
 from nemotron_train.loss import MeanLoss
 from nemotron_train.model.build import build_model_chunks
 from nemotron_train.observe.jsonl_writer import read_records
-from nemotron_train.observe.metrics import Record
 from nemotron_train.observe.plot import draw_loss
 from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
@@ -85,7 +85,6 @@ class Trainer:
             micro_batch_size=self.config.train.micro_batch_size,
             part=SequencePart(run.groups.cp.rank(), run.groups.cp.size()),
         )
-        self.saved_step: int | None = None
         self.ledger = ConsumptionLedger(Path(self.config.run.dir), data.blend) if is_reporter else None
 
     def train(self) -> bool:
@@ -138,7 +137,6 @@ class Trainer:
 
         commit = load_checkpoint(self.run, folder, check)
         check_lengths_change_between_steps(self.batch_plan, commit.consumed_tokens)
-        self.saved_step = commit.step
         logger.info("Going on from %s: step %d, %s tokens.", folder, commit.step, f"{commit.consumed_tokens:,}")
         return progress_of(commit, folder, self.config)
 
@@ -157,7 +155,7 @@ class Trainer:
             num_ranks=self.run.plan.layout.world_size,
             train_tokens=train.train_tokens,
         )
-        saver = Saver(self.run, self.data.blend, writers.event, self.saved_step)
+        saver = Saver(self.run, self.data.blend, writers.event)
         while progress.step < last_step:
             timer.start()
             micro_batches = [
@@ -179,9 +177,11 @@ class Trainer:
             )
             at_end = progress.step == last_step
             if self.ledger is not None:  # every step, whatever is logged
-                self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
+                with outliving_the_disk(f"account for step {progress.step}"):
+                    self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
             if progress.step % self.config.log.every_steps == 0 or at_end or stopped:
-                self.log_step(writers, before, progress, self.step_record(before, progress, result, speed))
+                with outliving_the_disk(f"log step {progress.step}"):
+                    writers.write(self.step_record(before, progress, result, speed))
             if at_end or stopped:
                 saver.save_last(progress)
             else:
@@ -197,15 +197,6 @@ class Trainer:
                 return False
         return True
 
-    def log_step(self, writers: Writers, before: Progress, progress: Progress, record: Record) -> None:
-        """Write what a step did; a disk that is full or gone for a while is no reason to stop training."""
-        try:
-            writers.write(record)
-            if self.ledger is not None:
-                self.ledger.write(progress.step, before.consumed_tokens, progress.consumed_tokens)
-        except OSError as error:
-            logger.error("Cannot log step %d: %s", progress.step, error)
-
     def evaluate_and_draw(self, progress: Progress, writers: Writers) -> None:
         """Measure the held-out loss, if there are held-out shards, and redraw the run's picture."""
         if self.data.has_heldout:
@@ -217,17 +208,13 @@ class Trainer:
             losses = self.loss_record("eval_loss", evaluate(self.run, batches))
             seconds = time.perf_counter() - began
             counts = {"step": progress.step, "consumed_tokens": progress.consumed_tokens, "eval_seconds": seconds}
-            writers.write({**counts, **losses})
+            with outliving_the_disk(f"log the held-out loss of step {progress.step}"):
+                writers.write({**counts, **losses})
         if self.is_reporter:
-            self.draw(Path(self.config.run.dir))
-
-    def draw(self, folder: Path) -> None:
-        """Draw the run so far; a picture that cannot be written is no reason to stop training."""
-        try:
-            records = read_records(folder / "metrics.jsonl")
-            draw_loss(records, self.config.data.phases, folder / "loss.png", self.config.run.name)
-        except OSError as error:
-            logger.warning("Cannot draw %s: %s", folder / "loss.png", error)
+            folder = Path(self.config.run.dir)
+            with outliving_the_disk(f"draw {folder / 'loss.png'}"):
+                records = read_records(folder / "metrics.jsonl")
+                draw_loss(records, self.config.data.phases, folder / "loss.png", self.config.run.name)
 
     def check_skips(self, result: StepResult, progress: Progress) -> None:
         """Raise NumericsError when more than `max_skipped_steps` steps in a row were skipped."""
@@ -259,6 +246,18 @@ class Trainer:
     def loss_record(self, name: str, mean: MeanLoss) -> dict[str, float]:
         sources = zip(self.config.data.sources, mean.by_source, strict=True)
         return {name: mean.loss, **{f"{name}/{source.name}": loss for source, loss in sources if loss == loss}}
+
+
+@contextmanager
+def outliving_the_disk(what: str) -> Iterator[None]:
+    """Say what could not be written and go on: a disk that is full or gone for a while is no reason to stop training.
+
+    Checkpoints are the `Saver`'s, which tries again.
+    """
+    try:
+        yield
+    except OSError as error:
+        logger.error("Cannot %s: %s", what, error)
 
 
 def advance(progress: Progress, step_tokens: int, result: StepResult) -> Progress:

@@ -31,6 +31,7 @@ from nemotron_train.runtime import Progress, Runtime
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0  # before a failed periodic save is tried again
+_NEVER = float("inf")
 LAST_PAUSES_SECONDS = (1.0, 5.0, 20.0)  # between the attempts at the last save
 
 
@@ -52,26 +53,19 @@ class _SaveBeside:
 class Saver:
     """The checkpoints of a run. At most one is being written."""
 
-    def __init__(
-        self,
-        run: Runtime,
-        blend: BlendPlan,
-        event: Callable[[str], None],
-        saved_step: int | None = None,
-    ) -> None:
+    def __init__(self, run: Runtime, blend: BlendPlan, event: Callable[[str], None]) -> None:
         """Args:
         blend: says what decided the samples up to a save.
         event: takes a message for people.
-        saved_step: the step of the checkpoint that the run goes on from, if it is one of its own.
         """
         self._run, self._blend, self._event = run, blend, event
         self._config = run.plan.config.checkpoint
         self._checkpoints = checkpoints_folder(run.plan.config)
-        self._saved_step = saved_step
+        self._saved_step: int | None = None  # the last save of this process
         self._beside: _SaveBeside | None = None
-        self._committer = ThreadPoolExecutor(1)
+        self._committer = ThreadPoolExecutor(1)  # on rank 0: commits what all ranks wrote, and deletes old checkpoints
         self._agreed: AgreedPlan | None = None  # in the first save
-        self._pause, self._retry_at = FIRST_PAUSE_SECONDS, float("inf")
+        self._pause, self._retry_at = FIRST_PAUSE_SECONDS, _NEVER
 
     def signals(self) -> tuple[bool, bool]:
         """What this rank has to tell the others after a step: it is still busy saving; a failed save is due again."""
@@ -94,6 +88,7 @@ class Saver:
         if self._beside:
             logger.warning("Waiting for the checkpoint of the save before: it takes longer than the time between two.")
             self._finish_beside()
+        self._retry_at = _NEVER  # this is the next attempt
         try:
             started = self._start(progress)
             if self._config.asynchronous:
@@ -110,6 +105,10 @@ class Saver:
             CheckpointError: on every rank, after a few attempts.
         """
         self._finish_beside()
+        self._try_last(progress)
+        self._committer.shutdown()  # what is to be deleted is
+
+    def _try_last(self, progress: Progress) -> None:
         for pause in (*LAST_PAUSES_SECONDS, None):
             if self._saved_step == progress.step:
                 return
@@ -155,10 +154,11 @@ class Saver:
 
     def _done(self, started: StartedSave, folder: Path) -> None:
         self._saved_step = started.step
-        self._pause, self._retry_at = FIRST_PAUSE_SECONDS, float("inf")
+        self._pause, self._retry_at = FIRST_PAUSE_SECONDS, _NEVER
         self._event(f"Saved {folder}")
-        if dist.get_rank() == 0:
-            drop_old_checkpoints(self._checkpoints, self._config.keep_last, self._config.keep_every_tokens)
+        if dist.get_rank() == 0:  # thousands of files on a file system of a cluster: training does not wait for that
+            keep = self._config.keep_last, self._config.keep_every_tokens
+            self._committer.submit(drop_old_checkpoints, self._checkpoints, *keep)
 
     def _alarm(self, error: CheckpointError) -> None:
         self._retry_at = time.monotonic() + self._pause

@@ -3,7 +3,9 @@
 `whole_weights.py` reads all of them at once; this is also for models that do not fit into memory.
 """
 
+import re
 import warnings
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -13,31 +15,30 @@ from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemotron_train.checkpoint.commit import read_commit
+from nemotron_train.checkpoint.commit import COMMIT_FILE, read_commit
 from nemotron_train.checkpoint.safe_load import CheckedReader, damage_in
 from nemotron_train.errors import CheckpointError
 from nemotron_train.model.names import PART_NAMES, rule_for
 
+_OF_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # Megatron-Core has the prefix where there are several
 # torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
 _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, CheckpointException)
-
-_NO_PARAMETERS = ("optimizer.", "chained_", "rng_state")  # keys of what Megatron-LM stores besides
 
 
 class StoredWeights:
     """The parameters of one complete checkpoint, packed ones as the mixer holds them on one rank."""
 
-    def __init__(self, folder: Path, *, committed: bool = True) -> None:
+    def __init__(self, folder: Path, *, is_committed: bool = True) -> None:
         """Read the checkpoint's table of contents.
 
         Args:
-            committed: it has hashes, which are compared; False for one that Megatron-Core wrote.
+            is_committed: False for one that Megatron-Core wrote by itself: there are no hashes to compare then.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or lacks a part of a packed parameter.
         """
+        commit = read_commit(folder) if is_committed else None
         self.folder = folder
-        commit = read_commit(folder) if committed else None
         try:
             self._reader = CheckedReader(folder, commit)
         except OSError as error:
@@ -45,7 +46,7 @@ class StoredWeights:
         self._entries = {
             key: entry
             for key, entry in self._reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NO_PARAMETERS)
+            if isinstance(entry, TensorStorageMetadata) and not _OF_OPTIMIZER.match(key)
         }
         self._keys = {name: _stored_under(name) for name in dict.fromkeys(map(parameter_of, self._entries))}
         lacking = sorted({key for keys in self._keys.values() for key in keys} - self._entries.keys())
@@ -56,14 +57,22 @@ class StoredWeights:
     def names(self) -> list[str]:
         return list(self._keys)
 
-    def check_names(self, expected: set[str]) -> None:
-        """Raise CheckpointError unless the parameters are just those of the model that `COMMIT.json` describes."""
+    def check_names(self, expected: set[str], described_by: str = COMMIT_FILE) -> None:
+        """Raise CheckpointError unless the parameters are just those of the model that is described."""
         lacking, left_over = sorted(expected - self._keys.keys()), sorted(self._keys.keys() - expected)
         if lacking or left_over:
             raise CheckpointError(
-                f"{self.folder} does not hold the model that its COMMIT.json describes: it lacks {lacking[:3]} "
+                f"{self.folder} does not hold the model that {described_by} describes: it lacks {lacking[:3]} "
                 f"({len(lacking)} in all) and has {left_over[:3]} ({len(left_over)} in all) besides."
             )
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], described_by: str = COMMIT_FILE) -> None:
+        """Raise CheckpointError at the first parameter that has another shape than in the model that is described."""
+        for name, shape in expected.items():
+            if self.shape(name) != shape:
+                raise CheckpointError(
+                    f"{name} in {self.folder} has the shape {self.shape(name)}; {described_by} says {shape}."
+                )
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[self._keys[name][0]].properties.dtype

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.checkpoint.stored_weights import StoredWeights
-from nemotron_train.errors import CheckpointError
 from nemotron_train.model.names import rule_for
 from nemotron_train.model.reference.hybrid_model import HybridModel
 from nemotron_train.model.reference.sizes import ReferenceSizes
@@ -36,11 +35,7 @@ def read_reference_model(folder: Path, dtype: torch.dtype, device: torch.device 
         model = HybridModel(sizes)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored.check_names(set(shapes))
-    for name, shape in shapes.items():
-        if stored.shape(name) != shape:
-            raise CheckpointError(
-                f"{name} in {folder} has the shape {stored.shape(name)}; its COMMIT.json says {shape}."
-            )
+    stored.check_shapes(shapes)
     wide = torch.promote_types(dtype, torch.float32)
     weights = {
         name: stored.read(name).to(device=device, dtype=wide if rule_for(name).float32 else dtype) for name in shapes

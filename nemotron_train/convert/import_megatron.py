@@ -15,7 +15,6 @@ from torch import Tensor
 from nemotron_train.checkpoint.stored_weights import StoredWeights
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.convert.new_run import check_no_checkpoint, parameter_shapes, stays_float32, write_new_run
-from nemotron_train.errors import CheckpointError
 
 
 def import_megatron(folder: Path, model: ModelSection, run_dir: Path, console: Console) -> Path:
@@ -30,8 +29,10 @@ def import_megatron(folder: Path, model: ModelSection, run_dir: Path, console: C
     Raises:
         CheckpointError: the folder holds no such checkpoint, or one of another model, or the run folder has one.
     """
-    weights = StoredWeights(folder, committed=False)
-    check_shapes(weights, model)
+    weights = StoredWeights(folder, is_committed=False)
+    shapes = parameter_shapes(model)
+    weights.check_names(set(shapes), "the command line")
+    weights.check_shapes(shapes, "the command line")
     check_no_checkpoint(run_dir)
 
     def read(name: str) -> Tensor:
@@ -41,20 +42,3 @@ def import_megatron(folder: Path, model: ModelSection, run_dir: Path, console: C
     checkpoint = write_new_run(run_dir, model, dtypes, read, {"imported_from": str(folder.resolve())})
     console.print(f"Imported {sum(map(weights.num_elements, weights.names)):,} weights to {checkpoint}.")
     return checkpoint
-
-
-def check_shapes(weights: StoredWeights, model: ModelSection) -> None:
-    """Raise CheckpointError unless the stored parameters are just those of the model, in name and shape."""
-    expected, found = parameter_shapes(model), {name: weights.shape(name) for name in weights.names}
-    lacking, left_over = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if lacking or left_over:
-        raise CheckpointError(
-            f"{weights.folder} holds another model than model.layer_pattern={model.layer_pattern!r}: it lacks "
-            f"{lacking[:3]} ({len(lacking)} in all) and has {left_over[:3]} ({len(left_over)} in all) besides."
-        )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise CheckpointError(
-                f"{weights.folder}: {name} has the shape {found[name]}, and {shape} by the recipe. Change model=NAME "
-                "or the keys of model that this follows from."
-            )

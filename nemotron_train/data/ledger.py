@@ -39,6 +39,7 @@ class ConsumptionLedger:
     def __init__(self, run_dir: Path, blend: BlendPlan) -> None:
         self._path = run_dir / NAME
         self._blend = blend
+        self._may_be_torn = True  # the last line, by a kill or a full disk while it was written
 
     def begin(self, step: int, sources: Sequence[Source]) -> None:
         """Say which data the steps after `step` read."""
@@ -46,7 +47,6 @@ class ConsumptionLedger:
             source.name: {"tokens": source.num_tokens, "shards": len(source.shards), "content": source.identity}
             for source in sources
         }
-        self._end_line()
         self._append({"begins_after_step": step, "sources": facts})
 
     def write(self, step: int, tokens_before: int, tokens_after: int) -> None:
@@ -61,14 +61,18 @@ class ConsumptionLedger:
         }
         self._append(line)
 
+    def _append(self, line: dict) -> None:
+        if self._may_be_torn:
+            self._end_line()
+        self._may_be_torn = True
+        with self._path.open("a", encoding="utf-8") as file:  # opened anew: it may be on a network that comes and goes
+            file.write(json.dumps(line) + "\n")
+        self._may_be_torn = False
+
     def _end_line(self) -> None:
-        """End what a run left that was killed while it wrote, so that the next line is not lost with it."""
+        """End what was left of a line, so that the next one is not lost with it."""
         if self._path.exists():
             with self._path.open("rb+") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
                 if file.read(1) not in (b"", b"\n"):
                     file.write(b"\n")
-
-    def _append(self, line: dict) -> None:
-        with self._path.open("a", encoding="utf-8") as file:  # opened anew: it may be on a network that comes and goes
-            file.write(json.dumps(line) + "\n")

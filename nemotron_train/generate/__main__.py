@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment, Segments
+from rich.style import Style
 from tokenizers import Tokenizer
 
 from nemotron_train.checkpoint.commit import read_commit
@@ -95,15 +97,15 @@ def generate(arguments: argparse.Namespace, messages: Console) -> None:
 
 
 def write(texts: Sequence[str], continuations: Sequence[Continuation], tokenizer: Tokenizer, *, as_json: bool) -> None:
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    """Write to standard output, every character as it is: rich would widen tabs in text, and make 💯 of `x[:100:2]`."""
+    console = Console(soft_wrap=True)
     for text, continuation in zip(texts, continuations, strict=True):
         new = tokenizer.decode(continuation.tokens, skip_special_tokens=False)
+        pieces = [Segment(text, Style(dim=True)), Segment(new, Style(bold=True))]
         if as_json:
             facts = {"prompt": text, "text": new, "tokens": continuation.tokens, "end": continuation.end.value}
-            console.print(json.dumps(facts, ensure_ascii=False))
-        else:
-            console.print(text, style="dim", end="")
-            console.print(new, style="bold")
+            pieces = [Segment(json.dumps(facts, ensure_ascii=False))]
+        console.print(Segments([*pieces, Segment.line()]))
 
 
 def tokenizer_of_run(checkpoint: Path) -> Path:

@@ -27,10 +27,9 @@ def resume_and_save_for_ever(config: RunConfig, report: Connection) -> None:
     """A run that does nothing but save: it tells what it resumed from and what it has saved, until it is killed."""
     with live_run(config) as run:
         data = open_run_data(config)
-        trainer = trainer_of(run, data)
-        step = trainer.resume().step
+        step = trainer_of(run, data).resume().step
         report.send(("resumed", step, step == 0 or filled_step(run) == step))
-        saver = Saver(run, data.blend, lambda text: report.send(("saved", text)), trainer.saved_step)
+        saver = Saver(run, data.blend, lambda text: report.send(("saved", text)))
         while True:
             step += 1
             fill(run, step)

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from nemotron_train.checkpoint import saver as saver_module
 from nemotron_train.checkpoint.commit import newest_checkpoint, step_folder
+from nemotron_train.checkpoint.retention import drop_old_checkpoints
 from nemotron_train.checkpoint.saver import Saver
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.run_data import open_run_data
@@ -168,14 +170,44 @@ def retry_and_kill_writers(config: RunConfig) -> list[str]:
             step += 1
             take_step(run, saver, step, is_due=False)  # nothing is due but the second attempt
             time.sleep(0.005)
-    return events
+        return [*events, "saves again" if saver._beside else "done"]
 
 
 def test_a_killed_writer_is_a_failed_save_and_is_tried_again(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
-    """Fails if the end of the writer process ends training, passes as a success, or waits for the next due save."""
-    events = ranks.run(retry_and_kill_writers, 1, tiny_config(corpus, tmp_path, asynchronous=True))[0]
+    """Fails if the end of the writer process ends training, passes as a success, or waits for the next due save; or the
+    next step takes the attempt that is under way for due still, waits for it and saves a second time."""
+    *events, last = ranks.run(retry_and_kill_writers, 1, tiny_config(corpus, tmp_path, asynchronous=True))[0]
     assert "the writer process ended with exit code -9" in events[0]
     assert "Saved" in events[-1]
+    assert last == "done"
+
+
+def save_while_deleting(config: RunConfig) -> list[str]:
+    """Take two saves; deleting is held up until the second is done."""
+    let_go, seen = threading.Event(), []
+
+    def held_up(*arguments: Any) -> None:
+        seen.append("training went on" if let_go.wait(20) else "training waited")
+        drop_old_checkpoints(*arguments)
+
+    saver_module.drop_old_checkpoints = held_up
+    try:
+        with live_run(config) as run:
+            saver = saver_of(run, open_run_data(config), [])
+            saver.after_step(progress_at(1), is_busy=False, is_due=True)
+            let_go.set()
+            saver.save_last(progress_at(2))
+    finally:
+        saver_module.drop_old_checkpoints = drop_old_checkpoints
+    return [*seen, *(path.name for path in (Path(config.run.dir) / "checkpoints").iterdir())]
+
+
+def test_training_does_not_wait_while_old_checkpoints_are_deleted(
+    ranks: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    """Fails if a save holds training up until thousands of old files are gone, or a run ends before they are."""
+    found = ranks.run(save_while_deleting, 1, tiny_config(corpus, tmp_path, keep_last=1))[0]
+    assert found == ["training went on", "training went on", "step_000000002"]
 
 
 def save_on_small_disk(config: RunConfig) -> list[str]:

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron_train.checkpoint.commit import read_commit
-from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint
+from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint, sharded_state
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress
 from nemotron_train.step import train_step
+from tests.checkpoint.saved_runs import digest, fill
 from tests.engine.live import Arrays, live_run, micro_batches, random_samples, weights_of
 from tests.model.whole import join_ranks
 from tests.ranks import RankPool
@@ -133,6 +135,28 @@ def test_whole_weights_are_those_that_the_ranks_held(four_ranks: tuple[Path, lis
     whole = read_whole_weights(saved(run_dir))
     assert whole.keys() == expected.keys()
     assert all(np.array_equal(whole[name].numpy(), expected[name]) for name in expected)
+
+
+def load_both_ways(config: RunConfig, folder: Path) -> list[str]:
+    """Hashes of this rank's state: of another step, after Megatron-Core's `load` alone, and after ours."""
+    found = []
+    with live_run(config) as run:
+        fill(run, 99)
+        found.append(digest(run))
+        loaded = dist_checkpointing.load(sharded_state(run, is_loading=True), str(folder))
+        run.chunks[0].module.load_state_dict(loaded["model0"])
+        run.optimizer.load_state_dict(loaded["optimizer"])
+        found.append(digest(run))
+        fill(run, 99)
+        load_checkpoint(run, folder, lambda commit: None)
+        found.append(digest(run))
+    return found
+
+
+def test_megatron_cores_own_load_reads_a_checkpoint(ranks: RankPool, four_ranks: tuple[Path, list[Arrays]]) -> None:
+    """Fails if files, table of contents or optimizer shards of ours are no ordinary `torch_dist` checkpoint."""
+    for before, theirs, ours in ranks.run(load_both_ways, 2, config_of(four_ranks[0], TP2), saved(four_ranks[0])):
+        assert before != theirs == ours
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

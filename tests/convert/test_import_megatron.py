@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from nemotron_train.checkpoint.store import load_checkpoint, sharded_state
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
-from nemotron_train.config.schema import ModelSection
+from nemotron_train.config.schema import ModelSection, RunConfig
 from nemotron_train.convert.__main__ import main
 from tests.convert.megatron_models import MODEL, config_of
+from tests.engine.live import live_run
 from tests.random_checkpoints import random_checkpoint, save_again
 from tests.ranks import RankPool, free_port
 
@@ -54,6 +57,38 @@ def test_a_checkpoint_of_ours_loads_into_megatron_core(ranks: RankPool, tmp_path
     assert [name for name in weights if not torch.equal(loaded[name], weights[name])] == []
 
 
+class Touch:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def save_run_with_megatron_core(config: RunConfig, source: Path, folder: Path) -> None:
+    """Save a run's weights and moments, and beside them what Megatron-LM adds: an object of its own."""
+    with live_run(config) as run:
+        load_checkpoint(run, source, lambda commit: None)
+        folder.mkdir()
+        state = {**sharded_state(run, is_loading=False), "args": Touch(folder / "executed")}
+        dist_checkpointing.save(state, str(folder))
+
+
+def test_moments_are_left_and_nothing_is_executed(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if a moment is taken for a weight, or what Megatron-LM pickles beside the weights is loaded."""
+    config = config_of(tmp_path / "run")
+    source, theirs = random_checkpoint(tmp_path / "alone", config.model), tmp_path / "iter_0000005"
+    ranks.run(save_run_with_megatron_core, 1, config, source, theirs)
+    assert main(["import-megatron", f"--input={theirs}", f"--output={tmp_path / 'imported'}", *KEYS]) == 0
+    imported = read_whole_weights(tmp_path / "imported" / "checkpoints" / "step_000000000")
+    expected = read_whole_weights(source)
+    assert imported.keys() == expected.keys()
+    assert all(torch.equal(imported[name], expected[name]) for name in expected)
+    assert not (theirs / "executed").exists()
+
+
 def test_another_model_or_no_checkpoint_is_refused(
     theirs: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -62,7 +97,7 @@ def test_another_model_or_no_checkpoint_is_refused(
     run = tmp_path / "run"
     for changed, said in (
         ("model.layer_pattern='M-M-'", "it lacks ['decoder.layers.3.mlp.linear_fc1"),
-        ("model.ffn_hidden_size=128", "linear_fc1.weight has the shape (64, 32), and (128, 32) by the recipe"),
+        ("model.ffn_hidden_size=128", "has the shape (64, 32); the command line says (128, 32)"),
         ("train.seq_length=64", "not train.seq_length=64"),
     ):
         assert main(["import-megatron", f"--input={folder}", f"--output={run}", *KEYS, changed]) == 1

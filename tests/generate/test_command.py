@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nemotron_train.checkpoint.whole_weights import read_reference_model
 from nemotron_train.config.load import write_resolved
-from nemotron_train.generate.__main__ import main, thinking_budget
+from nemotron_train.generate.__main__ import main, thinking_budget, write
+from nemotron_train.generate.continuations import Continuation, End
 from nemotron_train.generate.thinking import ThinkingBudget
 from tests.random_checkpoints import random_checkpoint
 from tests.small_runs import VOCAB, small_config
@@ -69,6 +70,18 @@ def test_a_stop_token_ends_a_text_and_the_text_is_shown(checkpoint: Path, capsys
     until = "".join(letters[: letters.index(stop)])
     assert main([f"--checkpoint={checkpoint}", "--prompt=abc", "--max-new-tokens=12", f"--stop={stop}"]) == 0
     assert capsys.readouterr().out.startswith(f"abc{until}\n")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_text_is_written_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture, as_json: bool) -> None:
+    """Fails if a tab becomes spaces, `:100:` an emoji, `[b]` a style, or a long line two."""
+    text = "if x[:100:2]:\n\treturn [b]x[/b]" + " long" * 100
+    write([text], [Continuation([0, 1], End.length)], write_tokenizer(tmp_path / "tokenizer.json"), as_json=as_json)
+    written = capsys.readouterr().out
+    if as_json:
+        assert json.loads(written) == {"prompt": text, "text": "ab", "tokens": [0, 1], "end": "length"}
+    else:
+        assert written == f"{text}ab\n"
 
 
 @pytest.mark.parametrize(

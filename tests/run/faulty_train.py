@@ -29,10 +29,9 @@ class FaultyTrainer(Trainer):
         if FAULT.startswith("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULT.startswith("full disk"):
-            signal.signal(
-                signal.SIGXFSZ, signal.SIG_IGN
-            )  # a write beyond the limit fails with an OSError, as on a full disk
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            # A write beyond the limit fails with an OSError, as on a full disk: to a checkpoint, and to every log.
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
 
 def load_config(arguments: Sequence[str]) -> RunConfig:

@@ -105,9 +105,11 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(config_path: Path, tmp
 
 
 def test_a_full_disk_costs_a_periodic_save_but_not_the_last_one(corpus: Path, tmp_path: Path) -> None:
-    """Fails if training stops at the first save that fails, ends as if it had saved its last state, leaves temporary
-    folders, or harms an older checkpoint."""
-    config = small_config(corpus, tmp_path / "run", steps=12, checkpoint={"every_steps": 4})
+    """Fails if training stops at the first save, line of a log or picture that cannot be written, ends as if it had
+    saved its last state, leaves temporary folders, or harms an older checkpoint."""
+    config = small_config(
+        corpus, tmp_path / "run", steps=12, checkpoint={"every_steps": 4}, train={"eval_every_steps": 10}
+    )
     write_resolved(config, tmp_path / "config.yaml")
     process = start(tmp_path / "config.yaml", 2, "full disk after step 6")
     output = finish(process)
@@ -115,7 +117,9 @@ def test_a_full_disk_costs_a_periodic_save_but_not_the_last_one(corpus: Path, tm
     assert "Cannot write the checkpoint of step 8" in output
     assert "Training goes on" in output
     assert output.count("Cannot write the checkpoint of step 12") >= 3  # two attempts more, and then the end
-    assert read_metrics(tmp_path / "run")[-1]["step"] == 12
+    for what in ("account for step 7", "log step 7", "log the held-out loss of step 10", "draw "):
+        assert f"Cannot {what}" in output
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 5
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000000004"]
     assert saved_steps(tmp_path / "run") == [4]
 
