@@ -91,9 +91,11 @@ def tokenize(
             on_progress("tokenize", read, total, tokens)
         if not all(job.is_done(part.number) for part in parts):
             return None
-        with lock(record.work / "shards.lock") as is_ours:
-            if not is_ours:  # two tasks were the last ones; the other writes the shards
-                return None
+        # Tasks that finish together all come here: one writes the shards, the others find them, or go on if it died.
+        with lock(record.work / "shards.lock", wait=True):
+            finished = record.find_finished()
+            if finished is not None:
+                return finished
             job.list_spills()
             shards = []
             for shard in run(job.write_shard, range(job.num_shards)):
@@ -133,16 +135,17 @@ def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) 
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[bool]:
-    """Hold a lock, or yield False if another process does; it is gone when its process is, however that ends."""
+def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock, gone when its process is, however that ends. Without `wait`, yield False if another process has it;
+    with `wait`, only if the work is finished and its folder gone."""
     try:
         file = path.open("w")
-    except FileNotFoundError:  # the work is finished, its folder gone
+    except FileNotFoundError:
         yield False
         return
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
             return
