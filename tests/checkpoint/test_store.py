@@ -18,13 +18,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint, sharded_state
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
-from nemotron_train.config.schema import RunConfig
+from nemotron_train.config.schema import PrecisionFormat, RunConfig
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress
 from nemotron_train.step import train_step
 from tests.checkpoint.saved_runs import digest, fill
 from tests.engine.live import Arrays, live_run, micro_batches, random_samples, weights_of
 from tests.model.whole import join_ranks
+from tests.precision.small_fp8 import fp8_config
 from tests.ranks import RankPool
 from tests.small_runs import small_config
 
@@ -218,6 +219,20 @@ def test_weights_and_moments_survive_every_change_of_layout(ranks: RankPool, tmp
     walk = walk_over_all_pairs([*LAYOUTS], seed=5)
     assert len(set(pairwise(walk))) == len(LAYOUTS) * (len(LAYOUTS) - 1)
     walk_through_layouts(ranks, tmp_path, first_checkpoint(ranks, tmp_path / "first"), walk[1:])
+
+
+def test_delayed_scaling_may_begin_and_end_with_any_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if a run with FP8 state cannot go on from weights without it, or one without from weights with it, or a
+    number is another then."""
+    start, contents = None, []
+    for number, precision in enumerate((PrecisionFormat.bf16, PrecisionFormat.fp8_delayed, PrecisionFormat.bf16)):
+        config = fp8_config(Path("unused"), tmp_path / str(number), precision, steps=8)
+        ranks.run(start_and_save, 1, config, start, 0)
+        start = saved(tmp_path / str(number))
+        contents.append(stored_tensors(start))
+    for name, tensor in contents[0].items():
+        assert torch.equal(contents[1][name], tensor), name
+        assert torch.equal(contents[2][name], tensor), name
 
 
 def load_errors(config: RunConfig, folders: list[Path]) -> list[str]:
