@@ -28,6 +28,7 @@ from nemotron_train.checkpoint.safe_load import (
     damage_in,
     read_common,
     read_table_of_contents,
+    reason_in,
 )
 from nemotron_train.checkpoint.torch_dist import (
     PlannedFiles,
@@ -165,7 +166,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     try:
         loaded = read_files(state, folder, commit, common, table)
     except _LOAD_ERRORS as error:
-        raise damage_in(error) or CheckpointError(f"Cannot load {folder}: {error}") from error
+        raise damage_in(error) or CheckpointError(f"Cannot load {folder}: {reason_in(error)}") from error
     on_all_ranks(lambda: _check_fp8_states(loaded))
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
