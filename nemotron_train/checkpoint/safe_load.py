@@ -199,13 +199,21 @@ class SafePlanner(MCoreLoadPlanner):
 
 
 def damage_in(error: BaseException) -> DamagedCheckpoint | None:
-    """Return the damage that ranks found while they read, if that is what stopped them: torch gathers what went wrong
-    on each into an exception of its own."""
-    failures: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):
-        failures = [failure for failure, _ in error.failures.values()]
-    damages = [str(failure) for failure in failures if isinstance(failure, DamagedCheckpoint)]
+    """Return the damage that ranks found while they read, if that is what stopped them."""
+    damages = [str(failure) for failure in _failures_in(error) if isinstance(failure, DamagedCheckpoint)]
     return DamagedCheckpoint("\n".join(dict.fromkeys(damages))) if damages else None
+
+
+def reason_in(error: BaseException) -> str:
+    """Say in a line what stopped ranks while they read. The text as it is would be a traceback of each, and
+    Megatron-Core names all keys of a checkpoint that lacks one."""
+    reasons = [f"{type(failure).__name__}: {_first_line(failure)}"[:300] for failure in _failures_in(error)]
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def _failures_in(error: BaseException) -> list[BaseException]:
+    """What went wrong on each rank: torch gathers that into an exception of its own."""
+    return [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from nemotron_train.checkpoint.safe_load import (
     damage_in,
     read_common,
     read_table_of_contents,
+    reason_in,
 )
 from nemotron_train.checkpoint.torch_dist import (
     AgreedPlan,
@@ -51,6 +52,8 @@ from nemotron_train.runtime import Progress, Runtime
 
 # torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
 _LOAD_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException, ValueError, KeyError)
+
+_FP8_STATE = "_extra_state"  # PyTorch's name for what a module keeps beside tensors; here only FP8 layers have it
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     """Load weights, master weights and moments from a checkpoint written under any layout.
 
     One without optimizer state (`weights_only.py`) leaves the moments as they are and makes its weights the master
-    weights.
+    weights. One without FP8 state, which delayed scaling alone has, leaves that as it is: its history begins anew.
 
     Args:
         check: raises if the run must not go on from this commit; called before anything is loaded.
@@ -174,10 +177,12 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     common, table = on_all_ranks(lambda: _read_small_files(folder, commit))
     only_weights = holds_only_weights(commit)
     state = sharded_weights(run) if only_weights else sharded_state(run, is_loading=True)
+    if not any(_FP8_STATE in key for key in table.state_dict_metadata):
+        state = {key: _without_fp8_state(part) if key.startswith("model") else part for key, part in state.items()}
     try:
         loaded = read_files(state, folder, commit, common, table)
     except _LOAD_ERRORS as error:
-        raise damage_in(error) or CheckpointError(f"Cannot load {folder}: {error}") from error
+        raise damage_in(error) or CheckpointError(f"Cannot load {folder}: {reason_in(error)}") from error
     on_all_ranks(lambda: _check_fp8_states(loaded))
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
@@ -198,8 +203,12 @@ def _check_fp8_states(loaded: dict[str, Any]) -> None:
     for key, state in loaded.items():
         if key.startswith("model"):
             for name, value in state.items():
-                if name.endswith("_extra_state"):
+                if name.endswith(_FP8_STATE):
                     check_fp8_state(name, value)
+
+
+def _without_fp8_state(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in weights.items() if not name.endswith(_FP8_STATE)}
 
 
 def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron_train.checkpoint.commit import COMMIT_FILE, read_commit
-from nemotron_train.checkpoint.safe_load import CheckedReader, damage_in
+from nemotron_train.checkpoint.safe_load import CheckedReader, damage_in, reason_in
 from nemotron_train.errors import CheckpointError
 from nemotron_train.model.names import PART_NAMES, rule_for
 
@@ -102,7 +102,7 @@ class StoredWeights:
             try:
                 load(dict(zip(keys, rows, strict=True)), storage_reader=self._reader, no_dist=True)
             except _READ_ERRORS as error:
-                failed = CheckpointError(f"Cannot read {name} from {self.folder}: {error}")
+                failed = CheckpointError(f"Cannot read {name} from {self.folder}: {reason_in(error)}")
                 raise damage_in(error) or failed from error
         return whole
 

@@ -54,8 +54,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     option("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN_DIR/checkpoints/step_..., of any layout")
     option("--output", type=Path, required=True, metavar="DIR", help="the new folder; must not exist")
     option("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to put beside the model")
-    eod_token = "of that tokenizer, ends a document (default: %(default)s)"
-    option("--eod-token", default="<|endoftext|>", metavar="TOKEN", help=eod_token)
+    eod_token = "of that tokenizer, ends a document (default: <|endoftext|> if it has it)"
+    option("--eod-token", metavar="TOKEN", help=eod_token)
     max_length = "max_position_embeddings, which serving programs read; the model itself has no limit"
     option("--max-length", type=int, metavar="TOKENS", help=max_length)
     shard_size = "largest file of weights (default: %(default)s)"

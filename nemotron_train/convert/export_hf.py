@@ -13,16 +13,17 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.convert.hf_config import hugging_face_config, names_of
 from nemotron_train.convert.hf_weights import HfWeights
 from nemotron_train.convert.parity import check_shapes, compare_logits
-from nemotron_train.data.open_sources import check_tokenizer
+from nemotron_train.data.open_tokenizer import open_tokenizer
+from nemotron_train.data.tokenizer_file import token_id
 from nemotron_train.errors import CheckpointError, ConfigError
 
+DEFAULT_EOD = "<|endoftext|>"
 # Of the comparison, for each weight: one model in float32, and the files it is loaded from.
 _PARITY_BYTES_PER_WEIGHT = 8
 
@@ -34,7 +35,7 @@ class ExportRequest:
     max_shard_bytes: int
     tolerance: float
     tokenizer: Path | None = None  # tokenizer.json
-    eod_token: str = "<|endoftext|>"
+    eod_token: str | None = None  # of that tokenizer, ends a document; None: DEFAULT_EOD if it has it
     max_length: int | None = None  # tokens
     skip_parity: str | None = None  # why the logits are not compared
 
@@ -73,7 +74,11 @@ def check_request(request: ExportRequest, model: ModelSection, num_weights: int)
     if request.output.exists():
         raise ConfigError(f"{request.output} exists already; nothing is overwritten. Choose another --output.")
     if request.tokenizer:
-        check_tokenizer(request.tokenizer, model.vocab_size)
+        open_tokenizer(request.tokenizer, model.vocab_size)
+        if request.eod_token:
+            token_id(request.tokenizer, request.eod_token, "--eod-token")
+    elif request.eod_token:
+        raise ConfigError(f"--eod-token={request.eod_token} is one of a tokenizer's tokens. Give --tokenizer FILE too.")
     needed, available = num_weights * _PARITY_BYTES_PER_WEIGHT, psutil.virtual_memory().available
     if request.skip_parity is None and needed > available:
         raise ConfigError(
@@ -97,8 +102,9 @@ def write_descriptions(request: ExportRequest, model: ModelSection, weights: HfW
     eos_token_id = None
     if request.tokenizer:
         shutil.copyfile(request.tokenizer, folder / "tokenizer.json")
-        eos_token_id = Tokenizer.from_file(str(request.tokenizer)).token_to_id(request.eod_token)
-        eos = {} if eos_token_id is None else {"eos_token": request.eod_token, "pad_token": request.eod_token}
+        eod_token = request.eod_token or DEFAULT_EOD
+        eos_token_id = open_tokenizer(request.tokenizer, model.vocab_size).token_to_id(eod_token)
+        eos = {} if eos_token_id is None else {"eos_token": eod_token, "pad_token": eod_token}
         _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **eos})
     config = hugging_face_config(model, weights.main_dtype, eos_token_id=eos_token_id, max_length=request.max_length)
     _write_json(folder / "config.json", config)

@@ -2,10 +2,7 @@
 
 The map is a table from the pattern and the sizes: each of our names stands beside one Hugging Face name, except
 `linear_qkv`, whose rows Hugging Face keeps as three tensors. Both directions read the same table, and a name that is
-missing or left over is an error.
-
-For the two models to compute the same, a Hugging Face configuration must say `time_step_min: 1e-30` beside the sizes:
-transformers clamps dt from below at `time_step_min` in its forward pass, Megatron-Core does not.
+missing or left over is an error. What the configuration must say for the two to compute the same is in `hf_config.py`.
 """
 
 from collections.abc import Mapping, Set
@@ -86,26 +83,11 @@ class HfNames:
             CheckpointError: a tensor is missing or not known.
         """
         renamed, split = self.renamed(), self.split()
-        _check_names(ours.keys(), renamed.keys() | split.keys(), "this model")
+        _check_names(ours.keys(), renamed.keys() | split.keys())
         theirs = {their_name: ours[our_name] for our_name, their_name in renamed.items()}
         for our_name, their_names in split.items():
             theirs.update(zip(their_names, self.split_qkv(ours[our_name]), strict=True))
         return theirs
-
-    def from_hugging_face(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors under our names; a tied model may carry `lm_head.weight`, the embedding again.
-
-        Raises:
-            CheckpointError: a tensor is missing or not known.
-        """
-        renamed, split = self.renamed(), self.split()
-        known = set(renamed.values()).union(*split.values())
-        repeated = {"lm_head.weight"} if self.tied_embeddings else set()
-        _check_names(theirs.keys() - repeated, known, "the Hugging Face model")
-        ours = {our_name: theirs[their_name] for our_name, their_name in renamed.items()}
-        for our_name, their_names in split.items():
-            ours[our_name] = self.join_qkv(*(theirs[name] for name in their_names))
-        return ours
 
     def split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cut rows that stand group after group (q heads, k, v) into all q, all k, all v."""
@@ -114,15 +96,16 @@ class HfNames:
         return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
 
     def join_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Put all q, all k and all v back into rows that stand group after group."""
         shape = (self.num_query_groups, -1, self.attention_head_dim)
         return torch.cat([t.unflatten(0, shape) for t in (q, k, v)], dim=1).flatten(0, 2)
 
 
-def _check_names(given: Set[str], known: Set[str], where: str) -> None:
+def _check_names(given: Set[str], known: Set[str]) -> None:
     missing, unknown = sorted(known - given), sorted(given - known)
     if missing or unknown:
         raise CheckpointError(
-            f"the tensors do not fit the layer pattern: {where} lacks {missing[:3]} ({len(missing)} in all) "
+            f"the tensors do not fit the layer pattern: this model lacks {missing[:3]} ({len(missing)} in all) "
             f"and has {unknown[:3]} ({len(unknown)} in all) that have no place. Check model.layer_pattern and "
             "model.tied_embeddings."
         )

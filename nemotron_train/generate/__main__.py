@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.checkpoint.whole_weights import read_reference_model
 from nemotron_train.config.load import read_resolved
-from nemotron_train.data.tokenizer_file import check_tokenizer, token_id
+from nemotron_train.data.open_tokenizer import open_tokenizer
+from nemotron_train.data.tokenizer_file import token_id
 from nemotron_train.errors import EXIT_FAILED, ConfigError, NemotronTrainError
 from nemotron_train.generate.continuations import Continuation, Request, check_prompts, continue_prompts
 from nemotron_train.generate.sampling import Sampling
@@ -68,8 +69,7 @@ def generate(arguments: argparse.Namespace, messages: Console) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
     vocab_size = int(str(read_commit(arguments.checkpoint).model["vocab_size"]))
     path = arguments.tokenizer or tokenizer_of_run(arguments.checkpoint)
-    check_tokenizer(path, vocab_size)
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = open_tokenizer(path, vocab_size)
     texts = [*arguments.prompt, *(read_prompts(arguments.prompts) if arguments.prompts else ())]
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     request = Request(

@@ -141,11 +141,9 @@ class HybridModel(LanguageModule):
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `sharded_state_dict` leaves in."""
-        if not self.keeps_fp8_state:
-            empty = {key: value for key, value in self.state_dict().items() if key.endswith("_extra_state")}
-            state_dict = {**empty, **state_dict}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        """Load what `sharded_state_dict` leaves in; FP8 state that is not given stays as it is."""
+        present = {key: value for key, value in self.state_dict().items() if key.endswith("_extra_state")}
+        return super().load_state_dict({**present, **state_dict}, strict=strict, assign=assign)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Take the previous chunk's output; called by the pipeline schedule before each forward pass."""

@@ -1,6 +1,7 @@
 """Is what a checkpoint holds what Megatron-Core would store, and does every number survive any change of layout?"""
 
 import random
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,13 +19,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint, sharded_state
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
-from nemotron_train.config.schema import RunConfig
+from nemotron_train.config.schema import PrecisionFormat, RunConfig
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress
 from nemotron_train.step import train_step
 from tests.checkpoint.saved_runs import digest, fill
 from tests.engine.live import Arrays, live_run, micro_batches, random_samples, weights_of
 from tests.model.whole import join_ranks
+from tests.precision.small_fp8 import fp8_config
 from tests.ranks import RankPool
 from tests.small_runs import small_config
 
@@ -220,6 +222,20 @@ def test_weights_and_moments_survive_every_change_of_layout(ranks: RankPool, tmp
     walk_through_layouts(ranks, tmp_path, first_checkpoint(ranks, tmp_path / "first"), walk[1:])
 
 
+def test_delayed_scaling_may_begin_and_end_with_any_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if a run with FP8 state cannot go on from weights without it, or one without from weights with it, or a
+    number is another then."""
+    start, contents = None, []
+    for number, precision in enumerate((PrecisionFormat.bf16, PrecisionFormat.fp8_delayed, PrecisionFormat.bf16)):
+        config = fp8_config(Path("unused"), tmp_path / str(number), precision, steps=8)
+        ranks.run(start_and_save, 1, config, start, 0)
+        start = saved(tmp_path / str(number))
+        contents.append(stored_tensors(start))
+    for name, tensor in contents[0].items():
+        assert torch.equal(contents[1][name], tensor), name
+        assert torch.equal(contents[2][name], tensor), name
+
+
 def load_errors(config: RunConfig, folders: list[Path]) -> list[str]:
     """What loading each folder into this model says."""
     messages = []
@@ -241,7 +257,9 @@ def test_a_checkpoint_of_another_model_or_in_pieces_is_an_error_in_words(
     ours."""
     folder = saved(four_ranks[0])
     longer = config_of(tmp_path, {}, pattern="M*-M")
-    assert "Cannot load" in ranks.run(load_errors, 1, longer, [folder])[0][0]
+    for said in ranks.run(load_errors, 2, replace(longer, parallel=config_of(tmp_path, TP2).parallel), [folder]):
+        assert re.fullmatch(r"Cannot load .*decoder\.layers\.3\..*", said[0]), "one line, with the first key"
+        assert len(said[0]) < 1000
     wider = replace(longer, model=replace(config_of(tmp_path, {}).model, ffn_hidden_size=128))
     assert "Cannot load" in ranks.run(load_errors, 1, wider, [folder])[0][0]
     same = config_of(tmp_path, {})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.convert.__main__ import main
@@ -103,6 +104,18 @@ def test_a_folder_that_is_no_checkpoint_is_not_exported(tmp_path: Path, capsys: 
     message = capsys.readouterr().err
     assert str(tmp_path) in message
     assert "COMMIT.json" in message
+
+
+def test_an_end_token_that_is_nobodys_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fails if --eod-token is ignored without a word, or something is written before it is looked up."""
+    checkpoint, output = random_checkpoint(tmp_path / "run", MODEL), tmp_path / "hf" / "model"
+    command = ["export-hf", f"--checkpoint={checkpoint}", f"--output={output}", "--eod-token=<eos>"]
+    assert main(command) == 1
+    assert "Give --tokenizer FILE too" in capsys.readouterr().err
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    assert main([*command, f"--tokenizer={tmp_path / 'tokenizer.json'}"]) == 1
+    assert "tokenizer.json has no token '<eos>' (--eod-token)" in capsys.readouterr().err
+    assert not output.parent.exists()
 
 
 def test_shapes_are_compared_with_the_model_that_transformers_builds(export: Path, tmp_path: Path) -> None:

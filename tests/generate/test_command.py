@@ -103,13 +103,16 @@ def test_mistakes_are_named(checkpoint: Path, arguments: list[str], said: str, c
     assert said in capsys.readouterr().err
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(
+def test_a_tokenizer_larger_than_the_model_or_unreadable_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Fails if ids beyond the embedding get as far as the model."""
+    """Fails if ids beyond the embedding get as far as the model, or half a tokenizer ends in a traceback."""
     Tokenizer(models.WordLevel({str(id): id for id in range(VOCAB + 5)}, unk_token="0")).save(str(tmp_path / "t.json"))
     assert main([f"--checkpoint={checkpoint}", "--prompt=1", f"--tokenizer={tmp_path / 't.json'}"]) == 1
     assert f"{VOCAB + 5} tokens, model.vocab_size={VOCAB}" in capsys.readouterr().err
+    (tmp_path / "t.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    assert main([f"--checkpoint={checkpoint}", "--prompt=1", f"--tokenizer={tmp_path / 't.json'}"]) == 1
+    assert "t.json is no Hugging Face tokenizer.json" in capsys.readouterr().err
 
 
 def test_the_budget_is_counted_in_the_tokenizers_ids(tmp_path: Path) -> None:
