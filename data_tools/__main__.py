@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except NemotronTrainError as error:
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {error}")
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False).print(f"error: {error}")
         return EXIT_FAILED
     return 0
 

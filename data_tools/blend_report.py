@@ -110,7 +110,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def run(arguments: argparse.Namespace) -> None:
     report = describe_blend(load_config(arguments.overrides))
     if arguments.json:
-        Console(soft_wrap=True, markup=False, highlight=False).print(json.dumps(report, indent=1))
+        Console(soft_wrap=True, markup=False, highlight=False, emoji=False).print(json.dumps(report, indent=1))
     else:
         Console(soft_wrap=True).print(table_of(report))
     for warning in warnings_of(report):

@@ -74,7 +74,7 @@ def windows_of_step(config: RunConfig, blend: BlendPlan, step: int) -> tuple[ran
 
 
 def run(arguments: argparse.Namespace) -> None:
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     if arguments.shard is not None:
         if arguments.document is None or arguments.tokenizer is None:
             raise ConfigError("--shard needs --document I and --tokenizer PATH.")

@@ -182,7 +182,7 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[tuple[Path, ManifestShard |
 
 
 def run(arguments: argparse.Namespace) -> None:
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     tokenizer = tokenizer_file(arguments.tokenizer) if arguments.tokenizer else None
     expected = Expected(
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer else None,

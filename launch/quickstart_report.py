@@ -33,7 +33,7 @@ PROMPT_TOKENS, SAMPLED_TOKENS, TEMPERATURE, SEED = 48, 64, 0.7, 11
 
 
 def main(arguments: Sequence[str]) -> int:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if len(arguments) != 1:
         console.print("usage: python launch/quickstart_report.py RUN_DIR")
         return 2

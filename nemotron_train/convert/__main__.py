@@ -27,11 +27,13 @@ TOLERANCE = 1e-4
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors the user can mend are shown without a traceback."""
     arguments = build_parser().parse_args(argv)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     try:
         arguments.run(arguments, console)
     except NemotronTrainError as error:
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"{type(error).__name__}: {error}")
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False).print(
+            f"{type(error).__name__}: {error}"
+        )
         return EXIT_FAILED
     return 0
 

@@ -34,7 +34,7 @@ DEFAULT_STOP = "<|endoftext|>"
 def main(argv: Sequence[str] | None = None) -> int:
     """Continue the prompts; errors the user can mend are shown without a traceback."""
     arguments = build_parser().parse_args(argv)
-    messages = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    messages = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
     try:
         generate(arguments, messages)
     except NemotronTrainError as error:
