@@ -25,21 +25,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline_parallel_size": 2}),
     "tp2 pp2": (4, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "sequence_parallel": True}),
 }
-FAST = {("nemotron_nano_12b_v2", "tp2")}
 
 
 def narrow(name: str) -> dict[str, Any]:
     """A published model's keys with other widths, and chunks that transformers' memory-hungry scan is quick with."""
     published = yaml.safe_load((RECIPES / "model" / f"{name}.yaml").read_text())
     return {**published, **NARROW, "mamba_head_dim": MAMBA_HEAD_DIM[name], "mamba_chunk_size": 16}
-
-
-def cases() -> list[Any]:
-    return [
-        pytest.param(name, layout, marks=() if (name, layout) in FAST else pytest.mark.slow)
-        for name in MAMBA_HEAD_DIM
-        for layout in LAYOUTS
-    ]
 
 
 def test_the_narrow_models_keep_the_published_structure() -> None:
@@ -53,7 +44,9 @@ def test_the_narrow_models_keep_the_published_structure() -> None:
     assert heads == [(32, 8, 128, 8), (40, 8, 128, 8)]
 
 
-@pytest.mark.parametrize(("name", "layout"), cases())
+@pytest.mark.slow  # models of other shapes take this way by default: test_hugging_face.py
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MAMBA_HEAD_DIM)
 def test_there_and_back(ranks: RankPool, tmp_path: Path, name: str, layout: str) -> None:
     """Fails if a layout or a structure loses or moves a weight: logits differ by more than 1e-4 in float32, an import
     is not bitwise the checkpoint, or a second export not bitwise the first."""

@@ -97,6 +97,7 @@ def test_others_are_left_out_for_their_reason(changes: tuple[str, ...], reason: 
     assert reason in (refusal(experiment_with(NANO, *changes), 16) or "")
 
 
+@pytest.mark.slow
 def test_long_samples_are_split_over_context_parallel_ranks() -> None:
     """Fails if 512k tokens are left on one rank, or short samples are split for nothing."""
     found = search_layouts(experiment_with("nemotron_nano_12b_v2_long_context", SHORT), 96, H200)

@@ -27,7 +27,7 @@ def in_bf16(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFact
     return curve(ranks, corpus, tmp_path_factory.mktemp("bf16"), PrecisionFormat.bf16)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [FORMATS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS[1:])])
 def test_fp8_follows_bf16_and_is_not_bf16(
     ranks: RankPool, corpus: Path, tmp_path: Path, in_bf16: list[float], format: PrecisionFormat
 ) -> None:

@@ -85,7 +85,7 @@ def test_a_killed_rank_stops_the_others(config_path: Path, tmp_path: Path) -> No
     assert (folder.name, passed_over) == ("step_000000004", [])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stop_signal_saves_and_the_same_command_goes_on(config_path: Path, tmp_path: Path, ranks: int) -> None:
     """Fails if SIGTERM loses steps, the exit code does not ask for a requeue, or the next start begins anew."""
     process = start(config_path, ranks)

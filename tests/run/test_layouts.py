@@ -72,7 +72,13 @@ def runs(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     ("name", "micro_batch_size"),
-    [*((name, MICRO_BATCH.get(name, 2)) for name in LAYOUTS), *((name, 1) for name in WITH_MICRO_BATCH_1)],
+    [
+        *((name, MICRO_BATCH.get(name, 2)) for name in LAYOUTS),
+        *(
+            pytest.param(name, 1, marks=() if name in ("dp2", "pp2") else pytest.mark.slow)
+            for name in WITH_MICRO_BATCH_1
+        ),
+    ],
 )
 def test_loss_and_gradient_norm_do_not_depend_on_the_layout(runs: Runs, name: str, micro_batch_size: int) -> None:
     """Fails if a layout drops, doubles or reorders a head, a layer, a gradient or a token."""
@@ -98,8 +104,15 @@ def test_bf16_follows_the_one_rank_run(runs: Runs, name: str) -> None:
     assert alone != in_fp32, "bf16 must not silently be fp32"
 
 
-@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
-@pytest.mark.parametrize("name", ["alone", "tp2_sp"])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        ("alone", Recompute.selective),
+        ("alone", Recompute.full),
+        ("tp2_sp", Recompute.full),
+        pytest.param("tp2_sp", Recompute.selective, marks=pytest.mark.slow),
+    ],
+)
 def test_recomputing_activations_changes_nothing(runs: Runs, name: str, recompute: Recompute) -> None:
     """Fails if a recomputed forward pass differs from the first one, or loses a gradient."""
     world_size, layout = LAYOUTS.get(name, (1, {}))

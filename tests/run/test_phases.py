@@ -89,7 +89,8 @@ def test_a_batch_that_reaches_over_a_change_of_length_is_refused_on_resume(
     """Fails if a run that changed its batch size dies at the change of length, days later."""
     config = phased(corpus, tmp_path)
     ranks.run(train, 1, config, 1)
-    larger = replace(config, train=replace(config.train, global_batch_size=16))
+    named = replace(config.checkpoint, allow_change=["train.global_batch_size"])
+    larger = replace(config, train=replace(config.train, global_batch_size=16), checkpoint=named)
     with pytest.raises(AssertionError, match=r"Samples change from 32 to 128 tokens at 1024 tokens, within a step"):
         ranks.run(train, 1, larger)
 
