@@ -17,9 +17,9 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from nemotron_train.config.schema import PhaseConfig
 from nemotron_train.observe.metrics import Record
+from nemotron_train.plan.chart_style import INK, MUTED, RATE, style_axes, write_png
 
-INK, MUTED, GRID = "#22262b", "#6b7280", "#e5e7eb"
-TRAIN, HELD_OUT, RATE = "#2f6fb5", "#d1495b", "#3a7d5d"
+TRAIN, HELD_OUT = "#2f6fb5", "#d1495b"
 SMOOTHING_FRACTION = 0.02  # of the run: how much of it one point of the smoothed curve averages
 
 Curve = tuple[list[float], list[float]]
@@ -39,9 +39,7 @@ def draw_loss(
         yardsticks: name -> held-out loss (nats per token) of a model to compare with.
     """
     figure = build_loss_figure(records, phases, title, yardsticks or {})
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    write_png(figure, path)
 
 
 def build_loss_figure(
@@ -52,7 +50,7 @@ def build_loss_figure(
     FigureCanvasAgg(figure)
     loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     for axes in (loss_axes, rate_axes):
-        _style(axes)
+        style_axes(axes)
     _draw_loss_curves(loss_axes, records)
     _draw_yardsticks(loss_axes, yardsticks)
     _limit_loss_range(loss_axes, records, yardsticks)
@@ -169,12 +167,3 @@ def _note(
         color=MUTED,
         fontsize=9,
     )
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=INK, length=3)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(MUTED)

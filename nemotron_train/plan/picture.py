@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
+from nemotron_train.plan.chart_style import INK, MUTED, RATE, style_axes, write_png
 from nemotron_train.plan.run_plan import RunPlan
 
-INK, MUTED, GRID = "#22262b", "#6b7280", "#e5e7eb"
-RATE, BATCH = "#3a7d5d", "#2f6fb5"
+BATCH = "#2f6fb5"
 # Neighbours differ in lightness as well as in hue.
 SOURCES = (
     "#1f4e79", "#7fb3d5", "#a84632", "#f0b27a", "#3a7d5d", "#a9d18e", "#5b3a8c",
@@ -24,9 +24,7 @@ POINTS = 600  # of the learning-rate curve
 
 def draw_plan(plan: RunPlan, path: Path) -> None:
     """Write the picture as PNG; a picture that is there is replaced in one step."""
-    partial = path.with_name(path.name + ".partial")
-    build_figure(plan).savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    write_png(build_figure(plan), path)
 
 
 def build_figure(plan: RunPlan) -> Figure:
@@ -35,7 +33,7 @@ def build_figure(plan: RunPlan) -> Figure:
     FigureCanvasAgg(figure)
     rate, batch, blend = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.2, 3])
     for axes in (rate, batch, blend):
-        _style(axes)
+        style_axes(axes)
     _draw_rate(rate, plan)
     _draw_batch(batch, plan)
     _draw_blend(blend, plan)
@@ -97,12 +95,3 @@ def _draw_blend(axes: Axes, plan: RunPlan) -> None:
         handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9,
         labelcolor=INK,
     )  # fmt: skip
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=INK, length=3)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(MUTED)

@@ -105,6 +105,8 @@ def fp8_products_are_aligned_where_sequences_are_split(config: RunConfig, world_
     ranks = parallel.tensor_parallel_size * parallel.context_parallel_size
     if not (precision.format.is_fp8 and parallel.sequence_parallel and parallel.tensor_parallel_size > 1):
         return
+    cp_size = parallel.context_parallel_size
+    shared = f" x parallel.context_parallel_size={cp_size}" if cp_size > 1 else ""
     in_blocks = precision.format is PrecisionFormat.fp8_block
     multiple = FP8_BLOCK if in_blocks else FP8_ROWS_MULTIPLE
     for key, length in sample_lengths(config):
@@ -112,7 +114,7 @@ def fp8_products_are_aligned_where_sequences_are_split(config: RunConfig, world_
         if tokens % (ranks * multiple):
             yield (
                 f"{key}={length} x train.micro_batch_size={config.train.micro_batch_size} = {tokens} tokens are split "
-                f"over parallel.tensor_parallel_size={parallel.tensor_parallel_size} ranks, and "
+                f"over parallel.tensor_parallel_size={parallel.tensor_parallel_size}{shared} ranks, and "
                 f"{precision.format.value} takes multiples of {multiple} tokens there. "
                 f"Use {nearest_multiples(tokens, ranks * multiple)} tokens, or parallel.sequence_parallel=false."
             )
