@@ -214,6 +214,14 @@ def old_checkpoints_are_kept_apart(config: RunConfig, world_size: int) -> Iterat
         )
 
 
+def saves_beside_training_are_periodic(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.checkpoint.asynchronous and not config.checkpoint.every_steps:
+        yield (
+            "checkpoint.asynchronous=true has no effect with checkpoint.every_steps=0: a run waits for its last "
+            "save. Set checkpoint.every_steps, or checkpoint.asynchronous=false."
+        )
+
+
 def allowed_changes_are_keys(config: RunConfig, world_size: int) -> Iterator[str]:
     known = [info.key for info in describe_keys()]
     for named in config.checkpoint.allow_change:
@@ -258,6 +266,7 @@ RUN_RULES = (
     every_source_is_used,
     resume_is_a_word_or_a_folder,
     old_checkpoints_are_kept_apart,
+    saves_beside_training_are_periodic,
     allowed_changes_are_keys,
     names_are_not_empty,
 )

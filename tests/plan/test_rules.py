@@ -375,6 +375,12 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         1,
         ["checkpoint.keep_every_tokens=1000", "checkpoint.keep_last=0"],
     ),
+    (
+        "saves_beside_training_are_periodic",
+        ["checkpoint.asynchronous=true", "checkpoint.every_steps=0"],
+        1,
+        ["checkpoint.asynchronous=true", "checkpoint.every_steps=0"],
+    ),
     ("allowed_changes_are_keys", ["checkpoint.allow_change=[lr.peek]"], 1, ["names lr.peek", "Did you mean lr.peak?"]),
     ("allowed_changes_are_keys", ["checkpoint.allow_change=['']"], 1, ["an empty key"]),
     ("names_are_not_empty", ["run.name=' '"], 1, ['run.name=" "']),
