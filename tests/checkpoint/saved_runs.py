@@ -26,9 +26,14 @@ def tiny_config(corpus: Path, run_dir: Path, **checkpoint: Any) -> RunConfig:
     """Three layers, one of each kind; long enough that no test reaches its end."""
     parallel = checkpoint.pop("parallel", {})
     return small_config(
-        corpus, run_dir, steps=100_000, model={"layer_pattern": "M*-"}, checkpoint={"every_steps": 1, **checkpoint}, parallel=parallel,
+        corpus,
+        run_dir,
+        steps=100_000,
+        model={"layer_pattern": "M*-"},
+        checkpoint={"every_steps": 1, **checkpoint},
+        parallel=parallel,
         data={"max_epochs": 1e9},
-    )  # fmt: skip
+    )
 
 
 def progress_at(step: int) -> Progress:
