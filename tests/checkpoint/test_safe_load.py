@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from nemotron_train.checkpoint.commit import COMMIT_FILE, DamagedCheckpoint, commit_folder, parse_commit, step_folder
 from nemotron_train.checkpoint.safe_load import SafePlanner, check_fp8_state, read_table_of_contents
@@ -129,6 +131,7 @@ def save_with_megatron_core(config: RunConfig) -> None:
         save_steps(run, open_run_data(config), [1])
         theirs = Path(config.run.dir) / "theirs"
         theirs.mkdir()
+        filesystem_async._results_queue = queue.Queue()  # else a process for it outlives this one
         dist_checkpointing.save(sharded_state(run, is_loading=False), str(theirs))
 
 

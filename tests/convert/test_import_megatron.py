@@ -1,6 +1,7 @@
 """Do checkpoints of Megatron-Core's own hybrid model load here, and ours there?"""
 
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from nemotron_train.checkpoint.store import load_checkpoint, sharded_state
@@ -73,6 +75,7 @@ def save_run_with_megatron_core(config: RunConfig, source: Path, folder: Path) -
         load_checkpoint(run, source, lambda commit: None)
         folder.mkdir()
         state = {**sharded_state(run, is_loading=False), "args": Touch(folder / "executed")}
+        filesystem_async._results_queue = queue.Queue()  # else a process for it outlives this one
         dist_checkpointing.save(state, str(folder))
 
 
