@@ -23,6 +23,11 @@ class Sampling:
             raise ConfigError(f"--temperature={self.temperature:g}: choose 0 (the likeliest token) or more.")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"--top-p={self.top_p:g}: choose a probability above 0, up to 1.")
+        if self.temperature == 0.0 and (self.top_p < 1.0 or self.seed != 0):
+            raise ConfigError(
+                f"--top-p={self.top_p:g} and --seed={self.seed} are for draws, and --temperature=0 draws nothing: the "
+                "likeliest token comes. Give a temperature above 0, or leave both out."
+            )
 
 
 class Sampler:

@@ -52,7 +52,7 @@ def test_draws_follow_the_seed_and_differ_between_rows() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [({"temperature": -0.1}, "-0.1"), ({"temperature": float("nan")}, "nan"), ({"top_p": 0.0}, "--top-p=0"),
-     ({"top_p": 1.1}, "1.1")],
+     ({"top_p": 1.1}, "1.1"), ({"top_p": 0.9}, "--temperature=0 draws nothing"), ({"seed": 3}, "--seed=3")],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(values: dict, said: str) -> None:
     """Fails if a value that means nothing is taken."""
