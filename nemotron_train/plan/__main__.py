@@ -30,6 +30,10 @@ from nemotron_train.plan.search import describe_search, search_json, search_layo
 FORMATS = ("text", "json")
 VALUES = ("world_size", "format", "gpu", "price_per_gpu_hour", "png", "explain")
 FLAGS = ("search",)
+WITHOUT_EFFECT = {  # what another answer than the plan's takes no notice of
+    "explain": ("search", "png", "format"),
+    "search": ("png", "price_per_gpu_hour"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +70,10 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _answer(own: dict[str, str], overrides: list[str]) -> str:
+    for asked, others in WITHOUT_EFFECT.items():
+        ignored = [other for other in others if other in own]
+        if asked in own and ignored:
+            raise ConfigError(f"{' and '.join(ignored)} would have no effect on {asked}'s answer. Ask for one of them.")
     as_json = _choice(own, "format", FORMATS) == "json"
     config = load_config(overrides)
     machine, world_size = _machine(own), _world_size(own, config)
@@ -111,6 +119,8 @@ def _machine(own: dict[str, str]) -> Machine:
         price = None if text is None else float(text)
     except ValueError:
         raise ConfigError(f"price_per_gpu_hour={text} is not a number, e.g. price_per_gpu_hour=2.5.") from None
+    if price is not None and not 0.0 <= price < float("inf"):
+        raise ConfigError(f"price_per_gpu_hour={text}: choose 0 or more, e.g. price_per_gpu_hour=2.5.")
     return Machine(gpu, price)
 
 
