@@ -1,6 +1,6 @@
 """How far is the planner from the trainer: memory and time of a step, planned and measured, at chosen points?
 
-    python -m benchmarks.planner_points [--points A,B,C] [--output FILE] [--gpu h200|h100] [key=value ...]
+    python -m benchmarks.planner_points [--points A,B,C] [--output FILE] [--gpu h200|h100|FILE.json] [key=value ...]
     python -m benchmarks.planner_points --list
 
 Steps are the trainer's own, of the 12B's 18-layer slice on one GPU and of the whole 12B on two (`train_step.py`), which
@@ -38,7 +38,8 @@ from nemotron_train.data.batch import RankShare
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import Groups, process_groups
-from nemotron_train.plan.measured import GPUS, Gpu
+from nemotron_train.plan.gpu_table import Gpu
+from nemotron_train.plan.measured import choose_gpu
 from nemotron_train.plan.memory import GIB, memory_gib_per_gpu, plan_memory
 from nemotron_train.plan.run_plan import RunPlan, plan_run
 from nemotron_train.plan.step_time import step_time
@@ -128,7 +129,7 @@ def planned_figures(plan: RunPlan, place: Place) -> dict[str, Any]:
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "overrides": list(place.overrides),
-        "planned_for": place.gpu.name,
+        "planned_for": place.gpu.source,
         "planned_gib": memory_gib_per_gpu(ranks),
         "planned_parts_gib": ranks[0].in_gib(),
         "stand_ins_gib": ranks[0].gradient_stand_ins / GIB,
@@ -253,7 +254,7 @@ def measure_all(names: Sequence[str], options: argparse.Namespace, corpus: Path)
     for gpus in sorted({POINTS[name].gpus for name in names}):
         group = [name for name in names if POINTS[name].gpus == gpus]
         if gpus == me.world_size:
-            place = Place(me, choose_platform(me), GPUS[options.gpu], corpus, overrides)
+            place = Place(me, choose_platform(me), choose_gpu(options.gpu), corpus, overrides)
             measure_points(group, place, options.output)
         else:
             run_under_torchrun(gpus, group, options, corpus)
@@ -263,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", metavar="A,B,C")
     parser.add_argument("--output", type=Path, default=Path("planner_points.jsonl"), metavar="FILE")
-    parser.add_argument("--gpu", default="h200", choices=GPUS)
+    parser.add_argument("--gpu", default="h200", metavar="h200|h100|FILE.json", help="what is planned for")
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)  # for ranks: what the first process wrote
     parser.add_argument("--list", action="store_true")
     options, options.overrides = parser.parse_known_args()
