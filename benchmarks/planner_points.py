@@ -272,7 +272,7 @@ def main() -> None:
         for name, point in POINTS.items():
             print(f"{name:30}{point.gpus} GPU  {' '.join(point.overrides)}")
         return
-    names = choose(options.points)
+    names, _ = choose(options.points), choose_gpu(options.gpu)  # a wrong name or table is refused at once
     if options.corpus is not None:
         measure_all(names, options, options.corpus)
         return

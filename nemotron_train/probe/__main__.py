@@ -85,6 +85,8 @@ def refuse_without_gpu() -> None:
 
 def probe_two(file: Path, me: LaunchedRank, platform: Platform) -> None:
     """Complete the table in `file` as one of two ranks."""
+    if not file.exists():
+        raise ConfigError(f"Two ranks complete a table, and there is no {file}. Start the probe without a launcher.")
     table = json.loads(file.read_text(encoding="utf-8"))
     config = probed_config("parallel=tensor_2")
     layout = plan_run(config, 2).layout
