@@ -23,7 +23,7 @@ LEVELS = [
     {"checkpoint", "observe"},
     {"forward", "step", "evaluate"},
     {"trainer"},
-    {"train", "convert", "generate", "doctor"},
+    {"train", "convert", "generate", "doctor", "probe"},
 ]
 # Edges between parts of one level, with the reason.
 SIDEWAYS = {

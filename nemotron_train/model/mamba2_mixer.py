@@ -94,13 +94,13 @@ class Mamba2Mixer(MegatronModule):
     def forward(self, hidden_sBD: Tensor, documents: Documents | None = None) -> Tensor:
         zxBCdt_SBf, _ = self.in_proj(hidden_sBD)
         if self.config.recompute_granularity == "selective" and self.training:
-            y_SBi = tensor_parallel.checkpoint(partial(self._mix, documents), False, zxBCdt_SBf)
+            y_SBi = tensor_parallel.checkpoint(partial(self.mix, documents), False, zxBCdt_SBf)
         else:
-            y_SBi = self._mix(documents, zxBCdt_SBf)
+            y_SBi = self.mix(documents, zxBCdt_SBf)
         out_sBD, _ = self.out_proj(y_SBi)
         return out_sBD
 
-    def _mix(self, documents: Documents | None, zxBCdt_SBf: Tensor) -> Tensor:
+    def mix(self, documents: Documents | None, zxBCdt_SBf: Tensor) -> Tensor:
         """Convolution, scan and gated norm between the two projections: [S, B, f] -> [S, B, i]."""
         weights = CoreWeights(
             conv_CK=self.conv1d.weight.squeeze(1),

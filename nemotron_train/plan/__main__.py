@@ -5,14 +5,17 @@ arguments, as `name=value`, `--name=value` or `--name value`:
 
     world_size=N            ranks; not given: as many as hold the model once
     format=text|json
-    gpu=h200|h100           what memory and times are for
+    gpu=h200|h100|FILE.json what memory and times are for; a file is a table of --probe
     price_per_gpu_hour=X    adds what the run costs
     --png FILE              learning rate, batch and blend over the tokens of the run, as a picture
     --search                layouts that fit, fastest first, and why the others do not
     --explain KEY           what a key does, and what a neighbouring value would change in this run
+    --probe [FILE]          measures this machine's GPUs instead, in a minute or two, and writes a table for gpu=FILE
+                            (gpu.json); starts `python -m nemotron_train.probe`, which needs torch and a GPU
 """
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +25,7 @@ from nemotron_train.config.schema import RunConfig
 from nemotron_train.errors import EXIT_FAILED, ConfigError
 from nemotron_train.plan.explain import explain
 from nemotron_train.plan.layout import ranks_per_replica
-from nemotron_train.plan.measured import GPUS
+from nemotron_train.plan.measured import choose_gpu
 from nemotron_train.plan.report import Machine, report, report_json
 from nemotron_train.plan.run_plan import RunPlan, plan_run
 from nemotron_train.plan.search import describe_search, search_json, search_layouts
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the answer to standard output, or what is wrong to standard error; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if any(argument.partition("=")[0] == "--probe" for argument in arguments):
+            return _probe(arguments)
         own, overrides = _split(arguments)
         sys.stdout.write(_answer(own, overrides) + "\n")
     except ConfigError as error:
@@ -88,6 +93,18 @@ def _answer(own: dict[str, str], overrides: list[str]) -> str:
     return json.dumps(report_json(plan, machine), indent=2) if as_json else report(plan, machine)
 
 
+def _probe(arguments: Sequence[str]) -> int:
+    """Measure in another process: what does it stands above the planner, which does without torch."""
+    first, *rest = arguments
+    file = first.partition("=")[2] or (rest.pop(0) if rest else "gpu.json")
+    if not first.startswith("--probe") or rest or not file.endswith(".json"):
+        raise ConfigError(
+            "--probe [FILE.json] stands alone: it measures the GPU on the layers of Nemotron Nano 12B v2, whatever run "
+            "is planned afterwards with gpu=FILE.json."
+        )
+    return subprocess.run([sys.executable, "-m", "nemotron_train.probe", file], check=False).returncode
+
+
 def _draw(plan: RunPlan, file: str) -> None:
     from nemotron_train.plan import picture  # loads matplotlib, which takes longer than all the rest
 
@@ -114,7 +131,7 @@ def _world_size(own: dict[str, str], config: RunConfig) -> int:
 
 
 def _machine(own: dict[str, str]) -> Machine:
-    gpu, text = GPUS[_choice(own, "gpu", tuple(GPUS))], own.get("price_per_gpu_hour")
+    gpu, text = choose_gpu(own.get("gpu", "h200")), own.get("price_per_gpu_hour")
     try:
         price = None if text is None else float(text)
     except ValueError:

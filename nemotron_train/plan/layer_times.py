@@ -1,6 +1,6 @@
 """How long does each layer take on one GPU, forward and backward of one micro-batch?
 
-The measured times of the reference (`measured.py`) are parted into matrix products, the core of a mixer or of
+The times of a GPU's table (`gpu_table.py`) are parted into matrix products, the core of a mixer or of
 attention, and what passes over the residual; each part grows with its own amount of work. At the shape that was
 measured the sum is the measured time.
 """
@@ -8,17 +8,8 @@ measured the sum is the measured time.
 from dataclasses import dataclass
 
 from nemotron_train.config.schema import ModelSection, PrecisionFormat, Recompute, RunConfig
-from nemotron_train.plan.measured import (
-    CORE_MS,
-    H200,
-    HEAD_MS,
-    LAYER_MS,
-    NORM_AND_RESIDUAL_MS,
-    REFERENCE_MODEL,
-    REFERENCE_TOKENS,
-    TENSOR_PARALLEL_MS,
-    Gpu,
-)
+from nemotron_train.plan.gpu_table import Gpu
+from nemotron_train.plan.measured import H200
 from nemotron_train.plan.pattern import LayerKind, ParsedPattern
 from nemotron_train.plan.pipeline_cut import StageCosts
 from nemotron_train.plan.precision_map import fp8_layers
@@ -55,18 +46,17 @@ def layer_seconds(
     tokens, tp_size = tokens_on_rank(config, seq_length), config.parallel.tensor_parallel_size
     share = share_of_rank(config.model, tp_size)
     format = _measured_format(format)
-    measured_products = LAYER_MS[kind][format] - CORE_MS[kind] - NORM_AND_RESIDUAL_MS
-    slower = H200.memory_bandwidth / gpu.memory_bandwidth  # kernels that are bound by memory
-    core = CORE_MS[kind] * (slower if kind is LayerKind.mamba else 1.0)
-    split = TENSOR_PARALLEL_MS[format] * tokens.layer / REFERENCE_TOKENS if tp_size > 1 else 0.0
+    products = gpu.layer_ms_in(kind, format) - gpu.core_ms[kind] - gpu.norm_and_residual_ms
+    core = gpu.core_ms[kind] * (gpu.memory_slowdown if kind is LayerKind.mamba else 1.0)
+    split = gpu.tensor_parallel_ms[format] * _times(tokens, gpu) if tp_size > 1 else 0.0
     return LayerSeconds(
-        products=1e-3 * measured_products * _weights(kind, share) / _weights(kind, REFERENCE_MODEL) * _times(tokens),
-        core=1e-3 * core * _core_ratio(kind, share, seq_length) * _times(tokens),
+        products=1e-3 * products * _weights(kind, share) / _weights(kind, gpu.model) * _times(tokens, gpu),
+        core=1e-3 * core * _core_ratio(kind, share, seq_length, gpu) * _times(tokens, gpu),
         elementwise=1e-3
-        * NORM_AND_RESIDUAL_MS
-        * slower
-        * (tokens.residual / REFERENCE_TOKENS)
-        * (share.hidden_size / REFERENCE_MODEL.hidden_size),
+        * gpu.norm_and_residual_ms
+        * gpu.memory_slowdown
+        * (tokens.residual / gpu.tokens)
+        * (share.hidden_size / gpu.model.hidden_size),
         tensor_parallel=1e-3 * split,
     )
 
@@ -78,11 +68,11 @@ def recompute_seconds(kind: LayerKind, seconds: LayerSeconds, recompute: Recompu
     return FORWARD_FRACTION * seconds.core if recompute is Recompute.selective else 0.0
 
 
-def head_seconds(config: RunConfig, seq_length: int) -> float:
+def head_seconds(config: RunConfig, seq_length: int, gpu: Gpu) -> float:
     """Return embedding, final norm, output layer and loss of one micro-batch; nearly all of it is the output layer."""
-    tokens, reference = tokens_on_rank(config, seq_length), REFERENCE_MODEL
+    tokens, reference = tokens_on_rank(config, seq_length), gpu.model
     vocabulary = config.model.vocab_size * config.model.hidden_size / config.parallel.tensor_parallel_size
-    return 1e-3 * HEAD_MS * _times(tokens) * vocabulary / (reference.vocab_size * reference.hidden_size)
+    return 1e-3 * gpu.head_ms * _times(tokens, gpu) * vocabulary / (reference.vocab_size * reference.hidden_size)
 
 
 def stage_costs(config: RunConfig, pattern: ParsedPattern, seq_length: int, gpu: Gpu = H200) -> StageCosts:
@@ -97,7 +87,7 @@ def stage_costs(config: RunConfig, pattern: ParsedPattern, seq_length: int, gpu:
             seconds = layer_seconds(kind, format, config, seq_length, gpu)
             by_kind[key] = seconds.total + recompute_seconds(kind, seconds, config.train.recompute)
         costs.append(by_kind[key])
-    return StageCosts(layers=tuple(costs), first=0.0, last=head_seconds(config, seq_length))
+    return StageCosts(layers=tuple(costs), first=0.0, last=head_seconds(config, seq_length, gpu))
 
 
 def _measured_format(format: PrecisionFormat) -> PrecisionFormat:
@@ -108,8 +98,8 @@ def _measured_format(format: PrecisionFormat) -> PrecisionFormat:
     }.get(format, format)
 
 
-def _times(tokens: RankTokens) -> float:
-    return tokens.layer / REFERENCE_TOKENS
+def _times(tokens: RankTokens, gpu: Gpu) -> float:
+    return tokens.layer / gpu.tokens
 
 
 def _weights(kind: LayerKind, model: ModelSection) -> int:
@@ -118,11 +108,11 @@ def _weights(kind: LayerKind, model: ModelSection) -> int:
     return attention_weights(model) if kind is LayerKind.attention else mlp_weights(model)
 
 
-def _core_ratio(kind: LayerKind, model: ModelSection, seq_length: int) -> float:
-    """Return the work of a core per token, relative to the reference."""
+def _core_ratio(kind: LayerKind, model: ModelSection, seq_length: int, gpu: Gpu) -> float:
+    """Return the work of a core per token, relative to the model of the table."""
     if kind is LayerKind.mlp:
         return 0.0
-    return _core_flops(kind, model, seq_length) / _core_flops(kind, REFERENCE_MODEL, REFERENCE_TOKENS)
+    return _core_flops(kind, model, seq_length) / _core_flops(kind, gpu.model, gpu.tokens)
 
 
 def _core_flops(kind: LayerKind, model: ModelSection, seq_length: int) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from nemotron_train.plan.activations import weight_bytes
 from nemotron_train.plan.describe import describe, summarize
+from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import Layout
-from nemotron_train.plan.measured import GPUS_PER_NODE, H200, OUTSIDE_TORCH_GIB, Gpu
+from nemotron_train.plan.measured import GPUS_PER_NODE, H200, OUTSIDE_TORCH_GIB
 from nemotron_train.plan.memory import GIB, RankMemory, memory_gib_per_gpu, needed_gib, plan_memory
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.plan.step_time import RunTime, has_times, plan_time
@@ -59,6 +60,7 @@ def report_json(plan: RunPlan, machine: Machine) -> dict[str, Any]:
             for phase in plan.config.data.phases
         ],
         "gpu": machine.gpu.name,
+        "times_from": machine.gpu.source,
         "memory_gib_per_gpu": round(memory_gib_per_gpu(ranks), 2),
         "memory_gib_of_gpu": machine.gpu.memory_gib,
         "fits": needed_gib(ranks) <= machine.gpu.memory_gib,
@@ -176,7 +178,7 @@ def _time_rows(plan: RunPlan, machine: Machine) -> list[tuple[str, str]]:
             "",
             f"{timed.days:,.4g} days of training alone = {timed.gpu_hours:,.0f} GPU-hours{_price_text(timed, machine)}",
         ),
-        ("", f"{machine.gpu.source}; beyond two GPUs nothing is measured"),
+        ("", f"from {machine.gpu.source}; beyond two GPUs nothing is measured"),
     ]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.batching import plan_batches
+from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import ranks_per_replica
-from nemotron_train.plan.measured import GPUS_PER_NODE, Gpu
+from nemotron_train.plan.measured import GPUS_PER_NODE
 from nemotron_train.plan.memory import memory_gib_per_gpu, needed_gib, plan_memory
 from nemotron_train.plan.nearest import nearest_multiples
 from nemotron_train.plan.precision_map import FP8_BLOCK
@@ -219,7 +220,7 @@ def describe_search(found: Found) -> str:
     if found.refused:
         lines += ["The others:", *(f"{count:8} {reason}" for reason, count in found.refused)]
     lines += [f"{'':9}{text}" for text in found.advice]
-    lines.append(f"Times: {found.gpu.source}; beyond two GPUs nothing is measured. Memory: derived.")
+    lines.append(f"Times: from {found.gpu.source}; beyond two GPUs nothing is measured. Memory: derived.")
     return "\n".join(lines)
 
 
@@ -229,6 +230,7 @@ def search_json(found: Found) -> dict[str, Any]:
     return {
         "world_size": found.world_size,
         "gpu": found.gpu.name,
+        "times_from": found.gpu.source,
         "layouts": [{**each, "recompute": each["recompute"].value} for each in candidates],
         "refused": [{"reason": reason, "layouts": count} for reason, count in found.refused],
         "advice": list(found.advice),

@@ -1,8 +1,9 @@
 """How long does a step take, and the run? Layers, pipeline bubble, traffic and optimizer, added up.
 
 What it rests on: times of single layers, of our 18-layer slice on one H200 and of the whole 12B on two at
-tensor-parallel size 2 (`measured.py`); at those points it gives what was measured within 5 %. More GPUs, pipelines,
-context parallelism, other models and other cards have not been measured: there it is arithmetic.
+tensor-parallel size 2 (`tables/h200.json`); at those points it gives what was measured within 5 %. `--probe` writes
+such a table for another card. More GPUs, pipelines, context parallelism and other models have not been measured: there
+it is arithmetic.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,9 @@ from dataclasses import dataclass
 
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.plan.batching import BatchSegment
+from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layer_times import FORWARD_FRACTION, stage_costs
-from nemotron_train.plan.measured import (
-    H200,
-    OPTIMIZER_BYTES_PER_PARAMETER,
-    OPTIMIZER_SECONDS_PER_PARAMETER,
-    Gpu,
-)
+from nemotron_train.plan.measured import H200, OPTIMIZER_BYTES_PER_PARAMETER
 from nemotron_train.plan.memory import rank_parameters
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.pipeline_cut import StageCosts, chunk_costs
@@ -148,6 +145,6 @@ def _exposed_data_traffic(plan: RunPlan, parameters: int, micro_batch_seconds: f
 def _optimizer_seconds(plan: RunPlan, parameters: int, gpu: Gpu) -> float:
     """Clear all gradients, and update this rank's shard; both are bound by memory."""
     shards = plan.layout.data * plan.layout.context
-    per_byte = OPTIMIZER_SECONDS_PER_PARAMETER / OPTIMIZER_BYTES_PER_PARAMETER * H200.memory_bandwidth
+    per_byte = 1e-12 * gpu.optimizer_ps_per_parameter / OPTIMIZER_BYTES_PER_PARAMETER * gpu.memory_slowdown
     cleared = 4 * parameters
-    return (cleared + OPTIMIZER_BYTES_PER_PARAMETER * parameters / shards) * per_byte / gpu.memory_bandwidth
+    return (cleared + OPTIMIZER_BYTES_PER_PARAMETER * parameters / shards) * per_byte

@@ -1,12 +1,13 @@
 """How long do ranks talk to each other? Bytes of each kind of collective over the bandwidth between its ranks.
 
-Bandwidths are those of data sheets times the fraction that large collectives reach (`measured.py`): assumed.
+Bandwidths are those that large collectives reach, by the GPU's table (`gpu_table.py`): assumed in the shipped one.
 """
 
 from nemotron_train.config.schema import RunConfig, StateFormat
 from nemotron_train.plan.activations import weight_bytes
+from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import Layout
-from nemotron_train.plan.measured import GPUS_PER_NODE, REACHED_FRACTION, Gpu
+from nemotron_train.plan.measured import GPUS_PER_NODE
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.rank_share import share_of_rank, tokens_on_rank
 
@@ -51,7 +52,7 @@ def pipeline_seconds(config: RunConfig, layout: Layout, seq_length: int, gpu: Gp
     sent = tokens_on_rank(config, seq_length).residual * config.model.hidden_size
     sent *= 2 * weight_bytes(config.precision.format)
     inside_node = layout.world_size <= GPUS_PER_NODE
-    return sent / (REACHED_FRACTION * (gpu.node_bandwidth if inside_node else gpu.network_bandwidth))
+    return sent / (1e9 * (gpu.node_gb_per_s if inside_node else gpu.network_gb_per_s))
 
 
 def gradient_seconds(config: RunConfig, layout: Layout, parameters: int, gpu: Gpu) -> float:
@@ -81,6 +82,6 @@ def _bandwidth(span: int, stride: int, gpu: Gpu) -> float:
     adapters.
     """
     if span <= GPUS_PER_NODE:
-        return REACHED_FRACTION * gpu.node_bandwidth
+        return 1e9 * gpu.node_gb_per_s
     members_in_node = max(GPUS_PER_NODE // stride, 1)
-    return REACHED_FRACTION * min(gpu.node_bandwidth, members_in_node * gpu.network_bandwidth)
+    return 1e9 * min(gpu.node_gb_per_s, members_in_node * gpu.network_gb_per_s)

@@ -6,7 +6,7 @@ import pytest
 
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.plan.layer_times import layer_seconds
-from nemotron_train.plan.measured import H100, H200, LAYER_MS
+from nemotron_train.plan.measured import H100, H200
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.step_time import bubble_seconds, plan_time, slowest_rank, step_time
 from tests.plan import simulated_pipeline
@@ -20,7 +20,7 @@ MEASURED_FORMATS = (PrecisionFormat.bf16, PrecisionFormat.fp8_block, PrecisionFo
 def test_a_layer_of_the_measured_shape_takes_the_measured_time(kind: LayerKind, format: PrecisionFormat) -> None:
     """Fails if parting a layer's time into kinds of work loses some of it."""
     config = planned(*SLICE).config
-    assert layer_seconds(kind, format, config, 8192, H200).total == pytest.approx(LAYER_MS[kind][format] * 1e-3)
+    assert layer_seconds(kind, format, config, 8192, H200).total == pytest.approx(H200.layer_ms[kind][format] * 1e-3)
 
 
 def test_four_times_the_tokens_take_four_times_as_long_and_attention_longer() -> None:

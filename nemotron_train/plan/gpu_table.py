@@ -1,0 +1,183 @@
+"""What is known of a kind of GPU, and how it is read from a table: a JSON file, shipped or written by `--probe`.
+
+A table holds what one machine took for the layers of one model, `model` and `tokens` of the file; the planner scales
+from there (`layer_times.py`). Its keys are the fields of `Gpu`, with their units; `device`, `date` and `summary` are
+for the report, `versions` and `notes` for people.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from nemotron_train.config.schema import ModelSection, PrecisionFormat
+from nemotron_train.config.typed import Reader
+from nemotron_train.errors import ConfigError
+from nemotron_train.plan.pattern import LayerKind
+
+FORMATS = (PrecisionFormat.bf16, PrecisionFormat.fp8_block, PrecisionFormat.fp8_current)
+TEXTS = ("device", "date", "summary")
+FOR_PEOPLE = ("versions", "notes")
+# What a layer's shape is, of the model's section; how many layers there are and what they start from is not asked.
+SHAPE = (
+    "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "attention_head_dim",
+    "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "mamba_chunk_size", "vocab_size",
+)  # fmt: skip
+
+FormatMs = Mapping[PrecisionFormat, float]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU in nodes of eight. Times are milliseconds forward and backward of one micro-batch of `tokens`
+    tokens, one sample, through one layer of `model`."""
+
+    name: str
+    source: str  # for the report: which table, and what it rests on
+    memory_gib: float
+    model: ModelSection
+    tokens: int
+    layer_ms: Mapping[LayerKind, FormatMs]  # a layer among others of its kind: norm, products, core and residual
+    core_ms: Mapping[LayerKind, float]  # of these: convolution, scan and gated norm; or attention
+    norm_and_residual_ms: float  # the same
+    head_ms: float  # embedding, final norm, output layer and loss
+    optimizer_ps_per_parameter: float  # AdamW in float32, with norm and clipping; picoseconds
+    tensor_parallel_ms: FormatMs  # a layer at tensor-parallel size 2 beyond half a layer and its traffic
+    node_gb_per_s: float  # what a GPU reaches in large collectives within a node, one direction
+    network_gb_per_s: float  # the same, through its network adapter
+    memory_slowdown: float = 1.0  # of kernels bound by memory, on a card that was not itself measured
+
+    def layer_ms_in(self, kind: LayerKind, format: PrecisionFormat) -> float:
+        """Return the time of a layer.
+
+        Raises:
+            ConfigError: the table has none in this format.
+        """
+        if format not in self.layer_ms[kind]:
+            raise ConfigError(
+                f"No times in {format.value} are in {self.source}. Choose another gpu=, or a precision.format that it "
+                f"has: {', '.join(known.value for known in self.layer_ms[kind])}."
+            )
+        return self.layer_ms[kind][format]
+
+
+def read_gpu(file: Path, label: str) -> Gpu:
+    """Read a table.
+
+    Args:
+        label: what the report calls it.
+
+    Raises:
+        ConfigError: the file is not there or no table, or a key is missing or impossible; names file and key.
+    """
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The table {file} cannot be read: {error.strerror}. --probe {file} writes one.") from error
+    except ValueError as error:
+        raise ConfigError(f"The table {file} is not JSON: {error}.") from error
+    return gpu_from(tree, file, label)
+
+
+def gpu_from(tree: Any, file: Path, label: str) -> Gpu:
+    """Check the content of `file` and turn it into a Gpu."""
+    table = _Table(tree, file)
+    table.refuse_unknown()
+    device, date, summary = (table.text(key) for key in TEXTS)
+    gpu = Gpu(
+        name=device,
+        source=f"{label} ({device}, {date}): {summary}",
+        memory_gib=table.number("memory_gib"),
+        model=table.model(),
+        tokens=int(table.number("tokens")),
+        layer_ms={kind: table.by_format(f"layer_ms.{kind.name}") for kind in LayerKind},
+        core_ms={
+            LayerKind.mamba: table.number("core_ms.mamba"),
+            LayerKind.attention: table.number("core_ms.attention"),
+            LayerKind.mlp: 0.0,
+        },
+        norm_and_residual_ms=table.number("norm_and_residual_ms"),
+        head_ms=table.number("head_ms"),
+        optimizer_ps_per_parameter=table.number("optimizer_ps_per_parameter"),
+        tensor_parallel_ms=table.by_format("tensor_parallel_ms", least=0.0),
+        node_gb_per_s=table.number("node_gb_per_s"),
+        network_gb_per_s=table.number("network_gb_per_s"),
+    )
+    table.check_parts(gpu)
+    return gpu
+
+
+class _Table:
+    """The content of a file, read key by key; what does not fit is refused with the file and the key."""
+
+    def __init__(self, tree: Any, file: Path) -> None:
+        self.tree, self.file = tree, file
+        if not isinstance(tree, dict):
+            raise ConfigError(f"The table {file} is not an object with keys such as layer_ms.")
+
+    def refuse_unknown(self) -> None:
+        known = {*TEXTS, *FOR_PEOPLE, *Gpu.__dataclass_fields__} - {"name", "source", "memory_slowdown"}
+        for key in self.tree:
+            if key not in known:
+                self.refuse(key, "is not a key of a table")
+
+    def refuse(self, key: str, problem: str) -> None:
+        raise ConfigError(f"The table {self.file}: {key} {problem}. Write it anew with --probe, or mend it.")
+
+    def value(self, key: str) -> Any:
+        found = self.tree
+        for part in key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                self.refuse(key, "is missing")
+            found = found[part]
+        return found
+
+    def text(self, key: str) -> str:
+        found = self.value(key)
+        if not isinstance(found, str):
+            self.refuse(key, f"is {json.dumps(found)}, expected text")
+        return found
+
+    def number(self, key: str, least: float | None = None) -> float:
+        """Return a finite number: above zero, or at least `least`."""
+        found = self.value(key)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found):
+            self.refuse(key, f"is {json.dumps(found)}, expected a number")
+        if found <= 0 if least is None else found < least:
+            self.refuse(key, f"is {found}, expected {'more than 0' if least is None else f'{least:g} or more'}")
+        return float(found)
+
+    def by_format(self, key: str, least: float | None = None) -> dict[PrecisionFormat, float]:
+        """Read one number a format; only bf16 must be there."""
+        found = self.value(key)
+        names = {format.value: format for format in FORMATS}
+        self.value(f"{key}.{PrecisionFormat.bf16.value}")
+        for name in found:
+            if name not in names:
+                self.refuse(f"{key}.{name}", f"is none of the formats {', '.join(names)}")
+        return {names[name]: self.number(f"{key}.{name}", least) for name in found}
+
+    def model(self) -> ModelSection:
+        reader = Reader()
+        shape = {name: self.value(f"model.{name}") for name in SHAPE}
+        model = reader.section(ModelSection, {"layer_pattern": "M*-", **shape}, "model")
+        if model is None or reader.problems:
+            raise ConfigError(f"The table {self.file}: {reader.problems[0]}")
+        for name in SHAPE:
+            self.number(f"model.{name}")
+        return model
+
+    def check_parts(self, gpu: Gpu) -> None:
+        """Refuse a layer that takes less than its parts: its products would take no time, or less."""
+        for kind, by_format in gpu.layer_ms.items():
+            parts = gpu.core_ms[kind] + gpu.norm_and_residual_ms
+            for format, whole in by_format.items():
+                if whole <= parts:
+                    self.refuse(
+                        f"layer_ms.{kind.name}.{format.value}",
+                        f"is {whole:g}, less than its parts core_ms and norm_and_residual_ms take ({parts:g})",
+                    )
+                if format not in gpu.tensor_parallel_ms:
+                    self.refuse(f"tensor_parallel_ms.{format.value}", "is missing")
