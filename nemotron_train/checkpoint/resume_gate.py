@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from omegaconf import MISSING
+
 from nemotron_train.checkpoint.commit import Commit
 from nemotron_train.config.keys import default_tree, plain
 from nemotron_train.config.schema import LrSchedule, ModelSection, RunConfig
@@ -32,6 +34,7 @@ class Effect(Enum):
 
 _LAYOUT = (Effect.none, "how the work is spread over ranks")
 _SHAPE = (Effect.past, "the shape of the weights")
+_COMPUTED = (Effect.later, "what the same weights compute")
 _UPDATE = (Effect.later, "how weights are updated")
 _RATE = (Effect.later, "the learning rate of the coming steps")
 _TOKENS = (Effect.later, "the tokens of the coming steps")
@@ -60,7 +63,17 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "model.mamba_chunk_size": (Effect.none, "speed and memory of the scan"),
     "model.vocab_size": _SHAPE,
     "model.tied_embeddings": _SHAPE,
-    "model.norm_epsilon": (Effect.later, "what the same weights compute"),
+    "model.norm": _SHAPE,
+    "model.norm_epsilon": _COMPUTED,
+    "model.linear_bias": _SHAPE,
+    "model.position_embedding": (Effect.past, "where the weights that were learned found the order of the tokens"),
+    "model.max_position_embeddings": _SHAPE,
+    "model.rope_base": _COMPUTED,
+    "model.qkv_norm": _SHAPE,
+    "model.output_norm": _SHAPE,
+    "model.attention_logit_scale": _COMPUTED,
+    "model.attention_logit_cap": _COMPUTED,
+    "model.layer_scale": _SHAPE,
     "model.initialization": _START,
     "model.init_std": _START,
     "parallel.tensor_parallel_size": _LAYOUT,
@@ -152,6 +165,13 @@ def model_facts(model: ModelSection) -> dict[str, object]:
     return facts
 
 
+def model_of(commit: Commit) -> dict[str, Any]:
+    """The facts of a checkpoint's model. One that was written before a key existed had what is the key's default."""
+    defaults = default_tree(ModelSection)
+    later = {key: value for key, value in defaults.items() if EFFECTS[f"model.{key}"][0] is not Effect.none}
+    return {**{key: value for key, value in later.items() if value != MISSING}, **commit.model}
+
+
 def check_configuration(commit: Commit, config: RunConfig, *, is_new_run: bool) -> None:
     """Refuse to go on from a checkpoint with a configuration that changes its run.
 
@@ -196,7 +216,7 @@ def differences(commit: Commit, config: RunConfig, *, is_new_run: bool) -> list[
     """List what differs; only the model where nothing else is continued."""
     now = plain(config)
     if is_new_run or not commit.consumed_tokens or not commit.config:
-        then_model: Mapping[str, Any] = {**now["model"], **commit.model}
+        then_model: Mapping[str, Any] = {**now["model"], **model_of(commit)}
         return list(_differences({"model": then_model}, {"model": _without_cuts(now["model"])}, ""))
     then = {
         section: {**default, **commit.config.get(section, {})} for section, default in default_tree(RunConfig).items()

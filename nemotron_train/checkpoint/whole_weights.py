@@ -30,7 +30,8 @@ def read_reference_model(folder: Path, dtype: torch.dtype, device: torch.device 
         CheckpointError: the folder is no complete checkpoint, damaged, or holds another model than it says.
     """
     facts, stored = read_commit(folder).model, StoredWeights(folder)
-    sizes = ReferenceSizes(**{field.name: facts[field.name] for field in fields(ReferenceSizes)})  # type: ignore[arg-type]
+    known = [field.name for field in fields(ReferenceSizes) if field.name in facts]  # older ones lack newer keys
+    sizes = ReferenceSizes(**{name: facts[name] for name in known})  # type: ignore[arg-type]
     with torch.device("meta"):
         model = HybridModel(sizes)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

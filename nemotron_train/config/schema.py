@@ -10,6 +10,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+ROPE_BASE = 10000.0  # of model.rope_base, where it is not asked for: RoFormer's and Megatron-Core's
+
 
 class Initialization(str, Enum):
     """How weights start. The two differ in the projections that write to the residual stream (std `init_std`
@@ -21,6 +23,29 @@ class Initialization(str, Enum):
     nemotron_h = (
         "nemotron_h"  # init_std / sqrt(layers): a layer of the pattern adds to it once (Megatron-LM is_hybrid_model)
     )
+
+
+class Norm(str, Enum):
+    """The norm before every layer, after the last one, and wherever else the model has one."""
+
+    rms = "rms"  # x / rms(x) times a weight (Nemotron-H, Nano 2)
+    layer = "layer"  # LayerNorm: the mean taken off first, and a bias added
+
+
+class PositionEmbedding(str, Enum):
+    """Where attention gets the order of the tokens from."""
+
+    none = "none"  # from the Mamba layers (Nemotron-H, Nano 2)
+    learned = "learned"  # a learned vector for each place in the sample, or document, added to the embedding
+    rope = "rope"  # queries and keys are rotated by their place (RoFormer, arXiv 2104.09864), all channels of a head
+
+
+class QkvNorm(str, Enum):
+    """Norms between the projection and attention, over the channels of each head (arXiv 2410.16682)."""
+
+    none = "none"
+    qk = "qk"  # of queries and keys
+    qkv = "qkv"  # of queries, keys and values, in place of the norm before the layer
 
 
 class PrecisionFormat(str, Enum):
@@ -113,7 +138,17 @@ class ModelSection:
     mamba_chunk_size: int = 128  # tokens the SSD scan takes at once: speed and memory only, the result is the same
     vocab_size: int = MISSING  # rows of the embedding; at least the tokenizer's size, divisible by tensor_parallel_size
     tied_embeddings: bool = False  # the output layer uses the embedding's weights
-    norm_epsilon: float = 1e-5  # added to the mean square in every RMSNorm; the released configurations' value
+    norm: Norm = Norm.rms
+    norm_epsilon: float = 1e-5  # added to the mean square in every norm; the released configurations' value
+    linear_bias: bool = False  # the projections of attention and MLP layers have biases; the output layer never has
+    position_embedding: PositionEmbedding = PositionEmbedding.none
+    max_position_embeddings: int | None = None  # `learned` only: places there are vectors for
+    rope_base: float | None = None  # `rope` only: channels turn once in 6 to 6 x rope_base tokens; not asked: 10000
+    qkv_norm: QkvNorm = QkvNorm.none
+    output_norm: bool = False  # every layer's output is normed before it is added (after Proj and FC2 of the paper)
+    attention_logit_scale: float = 1.0  # softmax(scale * logit), logit = q k / sqrt(head dim); soft_temp of the paper
+    attention_logit_cap: float | None = None  # softmax(cap * tanh(logit / cap)); attention is then not fused, and slow
+    layer_scale: float | None = None  # first value of a learned factor for every channel of a layer's output
     initialization: Initialization = Initialization.nemotron_h
     init_std: float = 0.02  # the papers state none; 0.02 is initializer_range of the released configurations
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.config.schema import ModelSection
-from nemotron_train.convert.hf_config import hugging_face_config, names_of
+from nemotron_train.convert.hf_config import check_is_nemotron_h, hugging_face_config, names_of
 from nemotron_train.convert.hf_weights import HfWeights
 from nemotron_train.convert.parity import check_shapes, compare_logits
 from nemotron_train.data.open_tokenizer import open_tokenizer
@@ -44,10 +44,12 @@ def export_hugging_face(request: ExportRequest, console: Console) -> None:
     """Write, check, and only then give the folder its name.
 
     Raises:
-        ConfigError: the output exists, the tokenizer does not fit, or the comparison does not fit into memory.
+        ConfigError: the model is no NemotronH, the output exists, the tokenizer does not fit, or the comparison does
+            not fit into memory.
         CheckpointError: the checkpoint cannot be read, or the export is not the same model; it stays `.unchecked`.
     """
     model = ModelSection(**read_commit(request.checkpoint).model)  # type: ignore[arg-type]
+    check_is_nemotron_h(model)
     weights = HfWeights(names_of(model), request.checkpoint)
     check_request(request, model, weights.num_elements)
     unchecked = request.output.with_name(f"{request.output.name}.unchecked")

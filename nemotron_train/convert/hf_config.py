@@ -12,6 +12,7 @@ from transformers import NemotronHConfig
 from nemotron_train.config.schema import Initialization, ModelSection
 from nemotron_train.convert.hf_names import HfNames
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.architecture_rules import beyond_nemotron_h
 
 # Our key -> theirs, where the value is the same.
 SAME = {
@@ -71,6 +72,13 @@ def names_of(model: ModelSection) -> HfNames:
         attention_head_dim=model.attention_head_dim,
         tied_embeddings=model.tied_embeddings,
     )
+
+
+def check_is_nemotron_h(model: ModelSection) -> None:
+    """Raise ConfigError if the model has parts that a NemotronH cannot have; names all of them."""
+    beyond = ", ".join(f"model.{key}={value}" for key, value in beyond_nemotron_h(model).items())
+    if beyond:
+        raise ConfigError(f"This model cannot be exported: a NemotronH has nothing like {beyond}.")
 
 
 def hugging_face_config(

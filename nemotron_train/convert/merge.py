@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from nemotron_train.checkpoint.commit import read_commit
+from nemotron_train.checkpoint.resume_gate import model_of
 from nemotron_train.checkpoint.stored_weights import StoredWeights
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.convert.new_run import check_no_checkpoint, write_new_run
@@ -53,7 +54,7 @@ def one_architecture(first: Path, second: Path) -> ModelSection:
     Raises:
         ConfigError: they are of different models; names every key with both values.
     """
-    ours, theirs = read_commit(first).model, read_commit(second).model
+    ours, theirs = model_of(read_commit(first)), model_of(read_commit(second))
     different = [
         f"model.{key}: {ours.get(key)!r} and {theirs.get(key)!r}"
         for key in sorted(ours.keys() | theirs.keys())
@@ -63,4 +64,4 @@ def one_architecture(first: Path, second: Path) -> ModelSection:
         raise ConfigError(
             f"{first} and {second} are of different models: {'; '.join(different)}. Choose two of one model."
         )
-    return ModelSection(**ours)  # type: ignore[arg-type]
+    return ModelSection(**ours)

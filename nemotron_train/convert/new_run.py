@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemotron_train.checkpoint.commit import newest_checkpoint
 from nemotron_train.checkpoint.weights_only import write_weights_only
+from nemotron_train.config.keys import plain
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.errors import CheckpointError
 from nemotron_train.model.names import rule_for
@@ -84,4 +85,4 @@ def stays_float32(name: str) -> bool:
 def recipe_keys(model: ModelSection) -> dict[str, Any]:
     """Return the keys a model recipe states: those without a default, and those that differ from it."""
     values = {field.name: (getattr(model, field.name), field.default) for field in fields(model)}
-    return {name: value for name, (value, default) in values.items() if default is MISSING or value != default}
+    return {name: plain(value) for name, (value, default) in values.items() if default is MISSING or value != default}

@@ -45,6 +45,7 @@ class _EmulatedLinear(nn.Module):
         input: Tensor,
         weight: Tensor,
         *args: Any,
+        bias: Tensor | None,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         tp_group: Any,
@@ -56,6 +57,7 @@ class _EmulatedLinear(nn.Module):
                 input,
                 weight,
                 *args,
+                bias=bias,
                 allreduce_dgrad=allreduce_dgrad,
                 sequence_parallel=sequence_parallel,
                 tp_group=tp_group,
@@ -64,7 +66,7 @@ class _EmulatedLinear(nn.Module):
         if sequence_parallel or allreduce_dgrad:
             input = _ColumnParallelInput.apply(input, tp_group, sequence_parallel, weight.dtype)
         fresh, self.is_first_microbatch = self.is_first_microbatch, False
-        return fp8_linear(input, weight, self.quantizers, self.emulation, fresh=fresh)
+        return fp8_linear(input, weight, self.quantizers, self.emulation, fresh=fresh, bias_N=bias)
 
     def get_extra_state(self) -> Tensor | None:
         """What a checkpoint keeps beside the weight, under the key that Transformer Engine's layers use."""

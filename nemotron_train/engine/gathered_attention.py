@@ -12,17 +12,26 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, arange, cat, nn
 
 from nemotron_train.engine.sequence_exchange import gather_sequence, own_places
+from nemotron_train.ops.capped_attention import capped_attention
 from nemotron_train.ops.documents import Documents
 
 # Shapes: S sequence, s this rank's part of it, B micro-batch, h heads, g query groups, P head dim.
 
 
 class GatheredAttention(nn.Module):
-    """softmax(Q K^T / sqrt(P)) V over earlier tokens of the whole sequence, grouped queries, no positions."""
+    """softmax(Q K^T / sqrt(P)) V over earlier tokens of the whole sequence, grouped queries."""
 
-    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        cap: float | None,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
-        self.group = pg_collection.cp
+        self.group, self.scale, self.cap = pg_collection.cp, softmax_scale, cap
 
     def forward(
         self,
@@ -42,5 +51,11 @@ class GatheredAttention(nn.Module):
         if packed_seq_params is not None:
             number_BS = packed_seq_params.number_BS
             seen_1sS = seen_1sS & (number_BS[:, places_s, None] == number_BS[:, None])
-        out_BhsP = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_1sS[:, None], enable_gqa=True)
+        if self.cap is None:
+            out_BhsP = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen_1sS[:, None], scale=self.scale, enable_gqa=True
+            )
+        else:
+            scale = self.scale or q.shape[-1] ** -0.5
+            out_BhsP = capped_attention(q, k, v, scale=scale, cap=self.cap, seen=seen_1sS[:, None])
         return out_BhsP.permute(2, 0, 1, 3).flatten(2)

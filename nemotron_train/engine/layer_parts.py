@@ -27,10 +27,11 @@ class LayerParts:
     """Classes, or functions, with the constructors Megatron-Core's modules call."""
 
     name: str  # for the log
-    norm: Callable[..., nn.Module]
-    norm_column_linear: type  # RMSNorm + column-parallel linear in one module
+    norm: type  # takes configuration, size and epsilon
+    column_linear: type
+    norm_column_linear: type  # norm + column-parallel linear in one module
     row_linear: type
-    core_attention: type
+    core_attention: Callable[..., nn.Module]
     output_linear: Callable[[TransformerConfig, int, Any], nn.Module]  # takes the vocabulary's size and the TP group
     checkpoint: Callable[[Callable[[Tensor], Tensor], Tensor, Any], Tensor]  # recomputes a function in the backward
     precision: LayerPrecision
@@ -49,10 +50,11 @@ def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
     """Plain torch layers; they run on the CPU and on CUDA, with FP8 emulated where the plan says so."""
     parts = LayerParts(
         name=f"plain torch layers on {platform.device.type}",
-        norm=plain_layers.RMSNorm,
+        norm=plain_layers.Norm,
+        column_linear=plain_layers.ColumnParallelLinear,
         norm_column_linear=plain_layers.NormColumnParallelLinear,
         row_linear=plain_layers.RowParallelLinear,
-        core_attention=plain_layers.CausalAttention if plan.layout.context == 1 else GatheredAttention,
+        core_attention=_plain_attention(plan),
         output_linear=plain_layers.output_linear,
         checkpoint=lambda run, x, group: tensor_parallel.checkpoint(run, False, x),
         precision=LayerPrecision(),
@@ -65,6 +67,7 @@ def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
     return replace(
         parts,
         name=f"{parts.name}, {plan.config.precision.format.value} emulated in float32",
+        column_linear=emulated(parts.column_linear, emulation),
         norm_column_linear=emulated(parts.norm_column_linear, emulation),
         row_linear=emulated(parts.row_linear, emulation),
         checkpoint=lambda run, x, group: tensor_parallel.checkpoint(emulation.to_recompute(run), False, x),
@@ -80,17 +83,26 @@ def transformer_engine_parts(plan: RunPlan) -> LayerParts:
     precision = LayerPrecision()
     if recipe is not None:
         precision = _precision(plan, recipe, partial(te_layers.enter_fp8, recipe))
+    has_cap = plan.config.model.attention_logit_cap is not None  # Transformer Engine's attention knows none
     return LayerParts(
-        name="Transformer Engine",
-        norm=te_layers.rms_norm,
+        name="Transformer Engine" + (", attention in plain torch" if has_cap else ""),
+        norm=te_layers.TENorm,
+        column_linear=te_layers.TEColumnParallelLinear,
         norm_column_linear=te_layers.TELayerNormColumnParallelLinear,
         row_linear=te_layers.TERowParallelLinear,
-        core_attention=te_layers.DotProductAttention,
+        core_attention=_plain_attention(plan) if has_cap else te_layers.DotProductAttention,
         output_linear=te_layers.output_linear,
         checkpoint=te_layers.checkpoint,
         precision=precision,
         fuses_weight_gradients=True,
     )
+
+
+def _plain_attention(plan: RunPlan) -> Callable[..., nn.Module]:
+    cap = plan.config.model.attention_logit_cap
+    if plan.layout.context > 1:
+        return partial(GatheredAttention, cap)
+    return plain_layers.CausalAttention if cap is None else partial(plain_layers.CappedAttention, cap)
 
 
 def _precision(plan: RunPlan, recipe: Fp8Recipe, enter_fp8: Callable[[Any], AbstractContextManager]) -> LayerPrecision:

@@ -1,6 +1,7 @@
 """The only place where our names become Megatron-Core's: `RunPlan` -> TransformerConfig, DDP and optimizer
 configuration."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig, StateFormat
+from nemotron_train.config.schema import Norm, PrecisionFormat, QkvNorm, Recompute, RunConfig, StateFormat
 from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.plan.run_plan import RunPlan
@@ -48,7 +49,7 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
     model, parallel = config.model, config.parallel
     pipelined = parallel.pipeline_parallel_size > 1
     interleaved = parallel.virtual_pipeline_size > 1
-    dtype = weight_dtype(config)
+    dtype, scale = weight_dtype(config), model.attention_logit_scale
     return TransformerConfig(
         num_layers=len(plan.layers),
         hidden_size=model.hidden_size,
@@ -60,11 +61,14 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         mamba_head_dim=model.mamba_head_dim,
         mamba_num_groups=model.mamba_num_groups,
         mamba_state_dim=model.mamba_state_dim,
-        normalization="RMSNorm",
+        normalization={Norm.rms: "RMSNorm", Norm.layer: "LayerNorm"}[model.norm],
         layernorm_epsilon=model.norm_epsilon,
         activation_func=operations.squared_relu,
         gated_linear_unit=False,
-        add_bias_linear=False,
+        add_bias_linear=model.linear_bias,
+        # Their weights are the same for all heads, of which each tensor-parallel rank has some: gradients are summed.
+        qk_layernorm=model.qkv_norm is not QkvNorm.none,
+        softmax_scale=None if scale == 1.0 else scale / math.sqrt(model.attention_head_dim),
         bias_dropout_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -29,8 +29,13 @@ def gather_sequence(x_sB: Tensor, group: ProcessGroup) -> Tensor:
 
 def own_places(seq_length: int, group: ProcessGroup, device: torch.device) -> Tensor:
     """Return the places (s) of this rank's tokens in the sequence."""
-    places = _redo_attention_load_balancing(torch.arange(seq_length, device=device), group.size())
-    return places.chunk(group.size())[group.rank()]
+    return places_of(seq_length, group.size(), group.rank(), device)
+
+
+def places_of(seq_length: int, ranks: int, rank: int, device: torch.device) -> Tensor:
+    """Return the places (s) of the tokens in the sequence that one of the context-parallel ranks holds."""
+    places = torch.arange(seq_length, device=device)
+    return _redo_attention_load_balancing(places, ranks).chunk(ranks)[rank] if ranks > 1 else places
 
 
 def to_features(x_sBf: Tensor, group: ProcessGroup) -> Tensor:

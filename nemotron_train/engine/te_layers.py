@@ -57,11 +57,6 @@ class DotProductAttention(TEDotProductAttention):
         return out.view(batch, seq, -1).transpose(0, 1).contiguous()
 
 
-def rms_norm(config: TransformerConfig, hidden_size: int) -> nn.Module:
-    """Build the norm after the last layer."""
-    return TENorm(config, hidden_size, eps=config.layernorm_epsilon)
-
-
 @contextmanager
 def enter_fp8(recipe: Fp8Recipe, group: Any) -> Iterator[None]:
     """Let the linear layers inside run in FP8; `group` is that over which maxima are reduced."""
@@ -96,10 +91,11 @@ def output_linear(config: TransformerConfig, vocab_size: int, group: Any) -> nn.
 
 __all__ = [
     "DotProductAttention",
+    "TEColumnParallelLinear",
     "TELayerNormColumnParallelLinear",
+    "TENorm",
     "TERowParallelLinear",
     "checkpoint",
     "enter_fp8",
     "output_linear",
-    "rms_norm",
 ]

@@ -23,7 +23,7 @@ from nemotron_train.config.load import read_resolved
 from nemotron_train.data.open_tokenizer import open_tokenizer
 from nemotron_train.data.tokenizer_file import token_id
 from nemotron_train.errors import EXIT_FAILED, ConfigError, NemotronTrainError
-from nemotron_train.generate.continuations import Continuation, Request, check_prompts, continue_prompts
+from nemotron_train.generate.continuations import Continuation, Request, check_lengths, check_prompts, continue_prompts
 from nemotron_train.generate.sampling import Sampling
 from nemotron_train.generate.thinking import ThinkingBudget
 
@@ -67,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
 def generate(arguments: argparse.Namespace, messages: Console) -> None:
     """Read everything small first, so that a mistake shows before the weights are read."""
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
-    vocab_size = int(str(read_commit(arguments.checkpoint).model["vocab_size"]))
+    facts = read_commit(arguments.checkpoint).model
+    vocab_size, places = int(str(facts["vocab_size"])), facts.get("max_position_embeddings")
     path = arguments.tokenizer or tokenizer_of_run(arguments.checkpoint)
     tokenizer = open_tokenizer(path, vocab_size)
     texts = [*arguments.prompt, *(read_prompts(arguments.prompts) if arguments.prompts else ())]
@@ -79,6 +80,7 @@ def generate(arguments: argparse.Namespace, messages: Console) -> None:
         thinking=thinking_budget(tokenizer, arguments.thinking_budget),
     )
     check_prompts(prompts, vocab_size, request)
+    check_lengths(prompts, None if places is None else int(str(places)), request)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = arguments.precision or ("fp32" if device.type == "cpu" else "bf16")
     model = read_reference_model(arguments.checkpoint, DTYPES[precision], device)

@@ -40,27 +40,32 @@ def start(attention: CausalSelfAttention, x_BSD: Tensor, length_B: Tensor, room:
     Args:
         room: tokens that a sequence may come to.
     """
-    q_BSGQP, k_BSGP, v_BSGP = _projected(attention, x_BSD)
+    places_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+    q_BSGQP, k_BSGP, v_BSGP = attention.project(x_BSD, places_S)
     # What fills up a prompt stands behind it, where no token of the prompt looks.
-    q, k, v = (t.transpose(1, 2) for t in (q_BSGQP.flatten(2, 3), k_BSGP, v_BSGP))
-    mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if attention.cap is None:
+        q, k, v = (t.transpose(1, 2) for t in (q_BSGQP.flatten(2, 3), k_BSGP, v_BSGP))
+        mixed = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=attention.scale, enable_gqa=True
+        ).transpose(1, 2)
+    else:
+        mixed = attention.attend(q_BSGQP, k_BSGP, v_BSGP, places_S <= places_S[:, None]).flatten(2, 3)
     cache = KeyValueCache(k_BSGP, v_BSGP, length_B, room)
-    return attention.linear_proj(mixed.transpose(1, 2).flatten(2)), cache
+    return attention.linear_proj(mixed.flatten(2)), cache
 
 
 def step(attention: CausalSelfAttention, x_BD: Tensor, cache: KeyValueCache) -> Tensor:
     """Run the layer on the next token of every sequence; returns what it adds to the residual stream (B D)."""
-    q_BGQP, k_BGP, v_BGP = _projected(attention, x_BD)
+    q_BGQP, k_BGP, v_BGP = attention.project(x_BD, cache.length_B)
     cache.append(k_BGP, v_BGP)
     longest = int(cache.length_B.max())
     keys, values = cache.keys_BGTP[:, :, :longest], cache.values_BGTP[:, :, :longest]
     seen_B11T = (torch.arange(longest, device=x_BD.device) < cache.length_B[:, None])[:, None, None]
-    mixed_BGQP = functional.scaled_dot_product_attention(q_BGQP, keys, values, attn_mask=seen_B11T)
+    if attention.cap is None:
+        mixed_BGQP = functional.scaled_dot_product_attention(
+            q_BGQP, keys, values, attn_mask=seen_B11T, scale=attention.scale
+        )
+    else:
+        k_BTGP, v_BTGP = keys.transpose(1, 2), values.transpose(1, 2)
+        mixed_BGQP = attention.attend(q_BGQP[:, None], k_BTGP, v_BTGP, seen_B11T[:, :, None])
     return attention.linear_proj(mixed_BGQP.flatten(1))
-
-
-def _projected(attention: CausalSelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (... G Q P), k and v (... G P)."""
-    rows = (attention.groups, attention.heads_per_group + 2, attention.head_dim)
-    q, k, v = attention.linear_qkv(x).unflatten(-1, rows).split([attention.heads_per_group, 1, 1], dim=-2)
-    return q, k.squeeze(-2), v.squeeze(-2)

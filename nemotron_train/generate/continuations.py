@@ -50,6 +50,7 @@ def continue_prompts(
         ConfigError: there is nothing to continue, or a token is none of the model's.
     """
     check_prompts(prompts, len(model.embedding.word_embeddings.weight), request)
+    check_lengths(prompts, model.num_places, request)
     decoder = Decoder(model, prompts, max(map(len, prompts)) + request.max_new_tokens)
     sampler = Sampler(request.sampling, len(prompts))
     sequences = [_Sequence(prompt, request) for prompt in prompts]
@@ -77,6 +78,16 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, request: Re
                 f"Prompt {number} has tokens from {min(prompt)} to {max(prompt)}; the model's go from 0 to "
                 f"{vocab_size - 1}. Use the tokenizer it was trained with."
             )
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], num_places: int | None, request: Request) -> None:
+    """Raise ConfigError where a text would run over the model's learned positions (None: it has none)."""
+    longest = max(map(len, prompts))
+    if num_places is not None and longest + request.max_new_tokens > num_places + 1:  # the last token is not read
+        raise ConfigError(
+            f"The longest prompt has {longest} tokens, and --max-new-tokens={request.max_new_tokens} more run over "
+            f"model.max_position_embeddings={num_places} of the checkpoint. Ask for less."
+        )
 
 
 class _Sequence:

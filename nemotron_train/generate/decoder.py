@@ -10,14 +10,14 @@ Shapes: B sequences of the batch, S tokens of the longest prompt, D hidden, V vo
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from nemotron_train.generate import attention_cache, mamba_state
 from nemotron_train.generate.attention_cache import KeyValueCache
 from nemotron_train.generate.mamba_state import MambaState
 from nemotron_train.model.reference.attention import CausalSelfAttention
-from nemotron_train.model.reference.hybrid_model import HybridModel
+from nemotron_train.model.reference.hybrid_model import HybridModel, ResidualLayer
 from nemotron_train.model.reference.mamba2_mixer import Mamba2Mixer
 
 
@@ -32,40 +32,44 @@ class Decoder:
             room: tokens that the longest sequence may come to.
         """
         self.model = model
-        self.layers: list[nn.Module] = [layer for residual in model.decoder.layers for layer in residual.values()]
+        self.layers: list[ResidualLayer] = list(model.decoder.layers)
         device = model.embedding.word_embeddings.weight.device
         length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
         tokens_BS = torch.zeros(len(prompts), int(length_B.max()), dtype=torch.long, device=device)
         for row, prompt in zip(tokens_BS, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(list(prompt), device=device)
+        self.length_B = length_B  # of the texts so far
         self.states: list[MambaState | KeyValueCache | None] = []
         self.logits_BV = self._start(tokens_BS, length_B, room)
 
     @torch.no_grad()
     def append(self, tokens_B: Tensor) -> None:
         """Append a token to every sequence."""
-        x_BD = functional.embedding(tokens_B, self.model.embedding.word_embeddings.weight)
+        x_BD = self.model.embed(tokens_B, self.length_B)
+        self.length_B = self.length_B + 1
         for layer, state in zip(self.layers, self.states, strict=True):
             if isinstance(state, MambaState):
-                x_BD = x_BD + mamba_state.step(layer, x_BD, state)
+                out_BD = mamba_state.step(layer.inner, x_BD, state)
             elif isinstance(state, KeyValueCache):
-                x_BD = x_BD + attention_cache.step(layer, x_BD, state)
+                out_BD = attention_cache.step(layer.inner, x_BD, state)
             else:
-                x_BD = x_BD + layer(x_BD)
+                out_BD = layer.inner(x_BD)
+            x_BD = layer.add_to(x_BD, out_BD)
         self.logits_BV = self._logits(x_BD)
 
     @torch.no_grad()
     def _start(self, tokens_BS: Tensor, length_B: Tensor, room: int) -> Tensor:
-        x_BSD = functional.embedding(tokens_BS, self.model.embedding.word_embeddings.weight)
+        x_BSD = self.model.embed(tokens_BS, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
         for layer in self.layers:
             state: MambaState | KeyValueCache | None = None
-            if isinstance(layer, Mamba2Mixer):
-                added, state = mamba_state.start(layer, x_BSD, length_B)
-            elif isinstance(layer, CausalSelfAttention):
-                added, state = attention_cache.start(layer, x_BSD, length_B, room)
+            inner = layer.inner
+            if isinstance(inner, Mamba2Mixer):
+                out_BSD, state = mamba_state.start(inner, x_BSD, length_B)
+            elif isinstance(inner, CausalSelfAttention):
+                out_BSD, state = attention_cache.start(inner, x_BSD, length_B, room)
             else:
-                added = layer(x_BSD)
-            x_BSD = x_BSD + added
+                out_BSD = inner(x_BSD)
+            x_BSD = layer.add_to(x_BSD, out_BSD)
             self.states.append(state)
         rows = torch.arange(len(length_B), device=length_B.device)
         return self._logits(x_BSD[rows, length_B - 1])

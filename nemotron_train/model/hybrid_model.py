@@ -15,9 +15,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemotron_train.config.schema import Recompute, RunConfig
+from nemotron_train.config.schema import ModelSection, PositionEmbedding, Recompute, RunConfig
 from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.engine.plain_layers import tied_output_linear
+from nemotron_train.engine.sequence_exchange import own_places
 from nemotron_train.model.layers import build_layer
 from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.implementations import Operations
@@ -82,7 +83,9 @@ class HybridStack(MegatronModule):
                 for number, kind in numbered
             }
         )
-        self.final_norm = parts.norm(config, config.hidden_size) if place.is_last else None
+        self.final_norm = None
+        if place.is_last:
+            self.final_norm = parts.norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, x_sBD: Tensor, documents: Documents | None = None) -> Tensor:
         recompute = self.recompute_layers and self.training and torch.is_grad_enabled()
@@ -112,15 +115,13 @@ class HybridModel(LanguageModule):
     ) -> None:
         super().__init__(config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder
-        self.operations, self.tp_group = operations, groups.tp
+        self.operations, self.tp_group, self.cp_group = operations, groups.tp, groups.cp
         self.keeps_fp8_state = parts.precision.whole_stack
         self.pre_process, self.post_process, self.vp_stage = place.is_first, place.is_last, place.virtual_stage
         self.share_embeddings_and_output_weights = run.model.tied_embeddings
         self.input_tensor: Tensor | None = None
         if place.is_first:
-            self.embedding = LanguageModelEmbedding(
-                config, run.model.vocab_size, run.train.seq_length, position_embedding_type="none", tp_group=groups.tp
-            )
+            self.embedding = _build_embedding(config, run.model, groups)
         self.decoder = HybridStack(config, run, place, parts, operations, groups)
         if place.is_last:
             if run.model.tied_embeddings:
@@ -161,12 +162,14 @@ class HybridModel(LanguageModule):
             the hidden state x_sBD for the next chunk; from the last chunk loss_BS in nats per token (float32), or
             logits_BSv.
         """
+        documents = None if document_BS is None else Documents(document_BS)
         if self.pre_process:
-            x_sBD = self.embedding(input_ids=tokens_BS, position_ids=None)
+            positions = self._positions(tokens_BS, documents) if self.embedding.add_position_embedding else None
+            x_sBD = self.embedding(input_ids=tokens_BS, position_ids=positions)
         else:
             assert self.input_tensor is not None, "the pipeline schedule sets the input of later chunks"
             x_sBD = self.input_tensor
-        x_sBD = self.decoder(x_sBD, None if document_BS is None else Documents(document_BS))
+        x_sBD = self.decoder(x_sBD, documents)
         if not self.post_process:
             return x_sBD
         tied = self.share_embeddings_and_output_weights
@@ -175,3 +178,26 @@ class HybridModel(LanguageModule):
         if labels_BS is None:
             return logits_SBv.transpose(0, 1).contiguous()
         return self.operations.cross_entropy(logits_SBv, labels_BS.t(), self.tp_group).t()
+
+    def _positions(self, tokens_BS: Tensor, documents: Documents | None) -> Tensor:
+        """Return the place of each of this rank's tokens in its sample, or in its document where those are told
+        apart."""
+        seq_length = tokens_BS.shape[1] * self.cp_group.size()
+        places_S = own_places(seq_length, self.cp_group, tokens_BS.device)
+        return places_S[None] if documents is None else documents.positions_BS[:, places_S]
+
+
+def _build_embedding(
+    config: TransformerConfig, model: ModelSection, groups: ProcessGroupCollection
+) -> LanguageModelEmbedding:
+    is_learned = model.position_embedding is PositionEmbedding.learned
+    embedding = LanguageModelEmbedding(
+        config,
+        model.vocab_size,
+        model.max_position_embeddings or 0,  # read only if they are learned
+        position_embedding_type="learned_absolute" if is_learned else "none",
+        tp_group=groups.tp,
+    )
+    if is_learned:  # Megatron-Core leaves them in float32 on the CPU
+        embedding.position_embeddings.to(device=torch.cuda.current_device(), dtype=config.params_dtype)
+    return embedding

@@ -70,4 +70,7 @@ def _draw(start: Start, shape: list[int], model: ModelSection, num_layers: int, 
         return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
     if start is Start.a_log:
         return values.uniform_(*A_RANGE, generator=generator).log_()
-    return values.fill_(1.0)
+    if start is Start.layer_scale:
+        assert model.layer_scale is not None, "there is no such parameter otherwise"
+        return values.fill_(model.layer_scale)
+    return values.fill_(1.0 if start is Start.ones else 0.0)

@@ -16,6 +16,8 @@ class Start(Enum):
     normal = "normal"
     residual = "residual"  # normal, scaled down: the projection writes to the residual stream
     ones = "ones"
+    zeros = "zeros"
+    layer_scale = "layer_scale"  # model.layer_scale
     conv = "conv"
     dt_bias = "dt_bias"
     a_log = "a_log"
@@ -33,8 +35,14 @@ class ParameterRule:
 _RULES: dict[str, ParameterRule] = {
     "word_embeddings.weight": ParameterRule(0, True, Start.normal),
     "output_layer.weight": ParameterRule(0, True, Start.normal),
+    "position_embeddings.weight": ParameterRule(None, True, Start.normal),
     "final_norm.weight": ParameterRule(None, False, Start.ones),
+    "final_norm.bias": ParameterRule(None, False, Start.zeros),
     "layer_norm_weight": ParameterRule(None, False, Start.ones),
+    "layer_norm_bias": ParameterRule(None, False, Start.zeros),
+    "output_norm.weight": ParameterRule(None, False, Start.ones),
+    "output_norm.bias": ParameterRule(None, False, Start.zeros),
+    "layer_scale": ParameterRule(None, False, Start.layer_scale),
     "mixer.in_proj.weight": ParameterRule(0, True, Start.normal, parts="zxBCd"),
     "mixer.conv1d.weight": ParameterRule(0, True, Start.conv, parts="xBC"),
     "mixer.conv1d.bias": ParameterRule(0, False, Start.conv, parts="xBC"),
@@ -44,9 +52,19 @@ _RULES: dict[str, ParameterRule] = {
     "mixer.norm.weight": ParameterRule(0, False, Start.ones),
     "mixer.out_proj.weight": ParameterRule(1, True, Start.residual),
     "self_attention.linear_qkv.weight": ParameterRule(0, True, Start.normal),
+    "self_attention.linear_qkv.bias": ParameterRule(0, False, Start.zeros),
+    "self_attention.q_layernorm.weight": ParameterRule(None, False, Start.ones),
+    "self_attention.q_layernorm.bias": ParameterRule(None, False, Start.zeros),
+    "self_attention.k_layernorm.weight": ParameterRule(None, False, Start.ones),
+    "self_attention.k_layernorm.bias": ParameterRule(None, False, Start.zeros),
+    "self_attention.v_layernorm.weight": ParameterRule(None, False, Start.ones),
+    "self_attention.v_layernorm.bias": ParameterRule(None, False, Start.zeros),
     "self_attention.linear_proj.weight": ParameterRule(1, True, Start.residual),
+    "self_attention.linear_proj.bias": ParameterRule(None, False, Start.zeros),
     "mlp.linear_fc1.weight": ParameterRule(0, True, Start.normal),
+    "mlp.linear_fc1.bias": ParameterRule(0, False, Start.zeros),
     "mlp.linear_fc2.weight": ParameterRule(1, True, Start.residual),
+    "mlp.linear_fc2.bias": ParameterRule(None, False, Start.zeros),
 }
 
 PART_NAMES = {"z": "z", "x": "x", "B": "B", "C": "C", "d": "dt"}  # letter -> Megatron-Core's suffix in a checkpoint

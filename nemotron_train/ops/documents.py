@@ -29,10 +29,21 @@ class Documents:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """Return the starts of all documents, sample after sample, and the number of tokens: int32, on the device."""
+        starts = self._begins_BS.flatten().nonzero().flatten()
+        return torch.cat((starts, starts.new_tensor([self.number_BS.numel()]))).int()
+
+    @cached_property
+    def positions_BS(self) -> Tensor:
+        """Return the place of every token in its document, from 0."""
+        places_BS = torch.arange(self.number_BS.shape[1], device=self.number_BS.device).expand_as(self.number_BS)
+        starts_BS = torch.where(self._begins_BS, places_BS, 0).cummax(dim=1).values
+        return places_BS - starts_BS
+
+    @cached_property
+    def _begins_BS(self) -> Tensor:
         begins_BS = torch.ones_like(self.number_BS, dtype=torch.bool)
         begins_BS[:, 1:] = self.number_BS[:, 1:] != self.number_BS[:, :-1]
-        starts = begins_BS.flatten().nonzero().flatten()
-        return torch.cat((starts, starts.new_tensor([begins_BS.numel()]))).int()
+        return begins_BS
 
     @cached_property
     def lengths(self) -> list[list[int]]:

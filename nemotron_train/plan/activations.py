@@ -7,7 +7,15 @@ one rank.
 
 from dataclasses import dataclass
 
-from nemotron_train.config.schema import ModelSection, PrecisionFormat, Recompute, RunConfig
+from nemotron_train.config.schema import (
+    ModelSection,
+    Norm,
+    PositionEmbedding,
+    PrecisionFormat,
+    QkvNorm,
+    Recompute,
+    RunConfig,
+)
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.precision_map import FP8_BLOCK
 from nemotron_train.plan.rank_share import RankTokens, share_of_rank, tokens_on_rank
@@ -33,6 +41,12 @@ class _Sizes:
     dense: int  # bytes of a number in the precision of the weights
     into_product: float  # bytes of a number that a linear layer keeps of its input
     fp8: bool
+    looked_at: int  # tokens that one token's scores are computed with
+
+    @property
+    def statistics(self) -> int:
+        """Return the bytes of what a norm keeps of a token, or of a token's head, beside its input."""
+        return FLOAT32_BYTES * (2 if self.share.norm is Norm.layer else 1)  # 1 / rms; mean and 1 / deviation
 
     @property
     def residual(self) -> int:
@@ -41,8 +55,14 @@ class _Sizes:
 
     @property
     def normed(self) -> float:
-        """Return the bytes of a normed input, as the first linear layer keeps it, with 1 / rms."""
-        return self.tokens.residual * (self.share.hidden_size * self.into_product + FLOAT32_BYTES)
+        """Return the bytes of a normed input, as the first linear layer keeps it, with what the norm keeps."""
+        return self.tokens.residual * (self.share.hidden_size * self.into_product + self.statistics)
+
+    @property
+    def before_residual(self) -> float:
+        """Return the bytes of the layer's output as its norm and its scale keep it."""
+        norm = self.residual + self.tokens.residual * self.statistics if self.share.output_norm else 0
+        return norm + (self.residual if self.share.layer_scale is not None else 0)
 
 
 def weight_bytes(format: PrecisionFormat) -> int:
@@ -60,10 +80,11 @@ def layer_activations(kind: LayerKind, in_fp8: bool, config: RunConfig, seq_leng
         dense=dense,
         into_product=1 + scales if in_fp8 else dense,
         fp8=in_fp8,
+        looked_at=seq_length,
     )
     count = {LayerKind.mamba: _mamba, LayerKind.attention: _attention, LayerKind.mlp: _mlp}[kind]
     inner, core, working = count(sizes)
-    kept, recompute = sizes.residual + sizes.normed + inner, config.train.recompute
+    kept, recompute = sizes.residual + sizes.normed + inner + sizes.before_residual, config.train.recompute
     if recompute is Recompute.full:
         return LayerActivations(sizes.residual, round(kept - sizes.residual + core), round(working))
     if recompute is Recompute.selective:
@@ -92,7 +113,27 @@ def _attention(sizes: _Sizes) -> tuple[float, float, float]:
     packed = queries + 2 * share.num_query_groups * share.attention_head_dim
     kept = tokens * ((packed + 2 * queries) * dense + (queries * sizes.into_product if sizes.fp8 else 0))
     core = tokens * share.num_attention_heads * FLOAT32_BYTES  # log-sum-exp of the scores
-    return kept, core, tokens * (2 * packed + queries) * dense
+    working = tokens * (2 * packed + queries) * dense
+    if share.attention_logit_cap is not None:
+        scores = tokens * share.num_attention_heads * sizes.looked_at
+        # Of the tanh and of the softmax, in float32, and the weights as the product with the values takes them.
+        core = scores * (2 * FLOAT32_BYTES + (dense if dense < FLOAT32_BYTES else 0))
+        working += 2 * scores * FLOAT32_BYTES
+    return kept + _around_attention(sizes, queries), core, working
+
+
+def _around_attention(sizes: _Sizes, queries: int) -> float:
+    """Count what norms and rotation of queries, keys and values keep besides, and not the norm that `qkv` replaces."""
+    share, tokens = sizes.share, sizes.tokens.layer
+    keys, heads = share.num_query_groups * share.attention_head_dim, share.num_attention_heads + share.num_query_groups
+    if share.qkv_norm is QkvNorm.none:
+        # Rotated keys are no views any more; rotated queries take the place of those that were not.
+        return tokens * keys * sizes.dense if share.position_embedding is PositionEmbedding.rope else 0.0
+    kept = tokens * ((queries + keys) * sizes.dense + heads * sizes.statistics)  # and rotated ones take their place
+    if share.qkv_norm is QkvNorm.qk:
+        return kept
+    kept += tokens * (keys * sizes.dense + share.num_query_groups * sizes.statistics)
+    return kept - (sizes.normed if not sizes.fp8 else sizes.tokens.residual * sizes.statistics)
 
 
 def _mlp(sizes: _Sizes) -> tuple[float, float, float]:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from nemotron_train.config.schema import LrSchedule, PrecisionFormat
+from nemotron_train.plan.architecture_rules import beyond_nemotron_h
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.precision_map import FP8_BLOCK
 from nemotron_train.plan.run_plan import RunPlan
@@ -66,6 +67,7 @@ def _parts(plan: RunPlan) -> list[tuple[str, int]]:
     return [
         *layers,
         ("embedding", sizes.embedding_parameters),
+        ("positions", sizes.position_parameters),
         ("head", sizes.head_parameters),
         ("final_norm", sizes.final_norm_parameters),
     ]
@@ -76,9 +78,11 @@ def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
     kinds = ", ".join(f"{sizes.num_layers[kind]} {kind.name}" for kind in LayerKind)
     parts = ", ".join(f"{name.replace('_', ' ')} {short(count)}" for name, count in _parts(plan) if count)
     tied = ", head tied to the embedding" if model.tied_embeddings else ""
+    beyond = beyond_nemotron_h(model)
     return [
         ("model", f"{len(plan.layers)} layers: {kinds}"),
         ("", f"hidden {model.hidden_size:,}, vocabulary {model.vocab_size:,}{tied}"),
+        *([("", ", ".join(f"{key} {value}" for key, value in beyond.items()))] if beyond else []),
         ("parameters", f"{short(sizes.parameters)} ({sizes.parameters:,}): {parts}"),
         ("compute", f"{sizes.flops_per_token / 1e9:.4g} GFLOP a token, {plan.train_flops:.3g} FLOP in all"),
     ]

@@ -19,7 +19,13 @@ from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.precision_map import Gemm
 from nemotron_train.plan.rank_share import share_of_rank
 from nemotron_train.plan.run_plan import RunPlan
-from nemotron_train.plan.sizes import attention_parameters, mamba_parameters, mlp_parameters
+from nemotron_train.plan.sizes import (
+    attention_parameters,
+    mamba_parameters,
+    mlp_parameters,
+    norm_parameters,
+    position_parameters,
+)
 
 GIB = 2**30
 FP8_COPIES_BYTES = 2  # a weight is kept by rows and by columns
@@ -120,9 +126,9 @@ def rank_parameters(plan: RunPlan, rank: int) -> int:
     vocabulary = model.vocab_size // layout.tensor * model.hidden_size
     first, last = rank == 0, rank == layout.pipeline - 1
     if first:
-        total += vocabulary
+        total += vocabulary + position_parameters(model)
     if last:
-        total += model.hidden_size
+        total += norm_parameters(model, model.hidden_size)
         total += 0 if model.tied_embeddings and first else vocabulary  # tied on two stages: a copy on each
     return total
 

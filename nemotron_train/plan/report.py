@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemotron_train.plan.activations import weight_bytes
+from nemotron_train.plan.architecture_rules import beyond_nemotron_h
 from nemotron_train.plan.describe import describe, summarize
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import Layout
@@ -179,7 +180,16 @@ def _time_rows(plan: RunPlan, machine: Machine) -> list[tuple[str, str]]:
             f"{timed.days:,.4g} days of training alone = {timed.gpu_hours:,.0f} GPU-hours{_price_text(timed, machine)}",
         ),
         ("", f"from {machine.gpu.source}; beyond two GPUs nothing is measured"),
+        *_uncounted_time_rows(plan),
     ]
+
+
+def _uncounted_time_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    parts = [key for key in beyond_nemotron_h(plan.config.model) if key not in ("max_position_embeddings", "rope_base")]
+    if not parts:
+        return []
+    slow = "; capped attention is not fused, and much slower" if "attention_logit_cap" in parts else ""
+    return [("", f"not counted: what model.{', model.'.join(parts)} take{slow}")]
 
 
 def _price_text(timed: RunTime, machine: Machine) -> str:

@@ -1,8 +1,8 @@
 """What cannot work: every rule across keys, checked before anything is started, all violations reported together.
 
 A rule is a small function that yields a message for each violation, with the values that clash and the keys to change.
-Rules of the model and its layout are here; those of FP8 in `precision_rules.py`, those of the run (batches, learning
-rate, data) in `run_rules.py`.
+Rules of the model's sizes and its layout are here; those of its parts in `architecture_rules.py`, those of FP8 in
+`precision_rules.py`, those of the run (batches, learning rate, data) in `run_rules.py`.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.config.typed import raise_if
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.architecture_rules import ARCHITECTURE_RULES
 from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_divisors, nearest_multiples, next_multiple
@@ -29,7 +30,8 @@ def check_rules(config: RunConfig, world_size: int) -> None:
     if world_size < 1:
         problems.append(f"world_size={world_size} must be at least 1.")
     raise_if(problems)  # the rules below divide by these numbers
-    raise_if([problem for rule in (*MODEL_RULES, *PRECISION_RULES, *RUN_RULES) for problem in rule(config, world_size)])
+    rules = (*MODEL_RULES, *ARCHITECTURE_RULES, *PRECISION_RULES, *RUN_RULES)
+    raise_if([problem for rule in rules for problem in rule(config, world_size)])
 
 
 def pattern_is_readable_and_can_be_cut(config: RunConfig, world_size: int) -> Iterator[str]:

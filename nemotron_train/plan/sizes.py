@@ -7,7 +7,7 @@ counted.
 
 from dataclasses import dataclass
 
-from nemotron_train.config.schema import ModelSection
+from nemotron_train.config.schema import ModelSection, Norm, PositionEmbedding, QkvNorm
 from nemotron_train.plan.pattern import LayerKind, ParsedPattern
 
 FORWARD_AND_BACKWARD = 3  # the backward pass makes two products (input and weight gradient) for each forward one
@@ -19,7 +19,8 @@ class ModelSizes:
 
     num_layers: dict[LayerKind, int]
     layer_parameters: dict[LayerKind, int]
-    embedding_parameters: int
+    embedding_parameters: int  # of tokens
+    position_parameters: int  # 0 where no positions are learned
     head_parameters: int  # 0 where the embedding is tied
     final_norm_parameters: int
     layer_forward_flops: dict[LayerKind, int]  # per token
@@ -28,7 +29,8 @@ class ModelSizes:
     @property
     def parameters(self) -> int:
         layers = sum(self.num_layers[kind] * self.layer_parameters[kind] for kind in LayerKind)
-        return layers + self.embedding_parameters + self.head_parameters + self.final_norm_parameters
+        embeddings = self.embedding_parameters + self.position_parameters
+        return layers + embeddings + self.head_parameters + self.final_norm_parameters
 
     @property
     def flops_per_token(self) -> int:
@@ -48,8 +50,9 @@ def count_model(model: ModelSection, pattern: ParsedPattern, seq_length: int) ->
             LayerKind.mlp: mlp_parameters(model),
         },
         embedding_parameters=vocabulary,
+        position_parameters=position_parameters(model),
         head_parameters=0 if model.tied_embeddings else vocabulary,
-        final_norm_parameters=model.hidden_size,
+        final_norm_parameters=norm_parameters(model, model.hidden_size),
         layer_forward_flops={
             LayerKind.mamba: mamba_forward_flops(model),
             LayerKind.attention: attention_forward_flops(model, seq_length),
@@ -57,6 +60,22 @@ def count_model(model: ModelSection, pattern: ParsedPattern, seq_length: int) ->
         },
         head_forward_flops=2 * vocabulary,
     )
+
+
+def position_parameters(model: ModelSection) -> int:
+    if model.position_embedding is not PositionEmbedding.learned:
+        return 0
+    return (model.max_position_embeddings or 0) * model.hidden_size
+
+
+def norm_parameters(model: ModelSection, channels: int) -> int:
+    return channels * (2 if model.norm is Norm.layer else 1)
+
+
+def residual_parameters(model: ModelSection) -> int:
+    """Count what is between a layer's output and the residual."""
+    norm = norm_parameters(model, model.hidden_size) if model.output_norm else 0
+    return norm + (model.hidden_size if model.layer_scale is not None else 0)
 
 
 def mamba_weights(model: ModelSection) -> int:
@@ -71,8 +90,8 @@ def mamba_parameters(model: ModelSection) -> int:
     convolved = inner + 2 * model.mamba_num_groups * model.mamba_state_dim  # channels x, B, C
     convolution = convolved * model.mamba_conv_kernel + convolved  # and its bias
     vectors = 3 * model.mamba_num_heads  # dt_bias, A_log, D
-    norms = model.hidden_size + inner  # before the layer; gated, before the out projection
-    return mamba_weights(model) + convolution + vectors + norms
+    norms = norm_parameters(model, model.hidden_size) + inner  # before the layer; gated, before the out projection
+    return mamba_weights(model) + convolution + vectors + norms + residual_parameters(model)
 
 
 def attention_weights(model: ModelSection) -> int:
@@ -83,7 +102,12 @@ def attention_weights(model: ModelSection) -> int:
 
 
 def attention_parameters(model: ModelSection) -> int:
-    return attention_weights(model) + model.hidden_size  # and the norm before the layer
+    heads = model.num_attention_heads + 2 * model.num_query_groups
+    biases = heads * model.attention_head_dim + model.hidden_size if model.linear_bias else 0
+    before = 0 if model.qkv_norm is QkvNorm.qkv else norm_parameters(model, model.hidden_size)
+    inside = {QkvNorm.none: 0, QkvNorm.qk: 2, QkvNorm.qkv: 3}[model.qkv_norm]  # each has one weight for all heads
+    norms = before + inside * norm_parameters(model, model.attention_head_dim)
+    return attention_weights(model) + biases + norms + residual_parameters(model)
 
 
 def mlp_weights(model: ModelSection) -> int:
@@ -91,7 +115,8 @@ def mlp_weights(model: ModelSection) -> int:
 
 
 def mlp_parameters(model: ModelSection) -> int:
-    return mlp_weights(model) + model.hidden_size  # and the norm before the layer
+    biases = model.ffn_hidden_size + model.hidden_size if model.linear_bias else 0
+    return mlp_weights(model) + biases + norm_parameters(model, model.hidden_size) + residual_parameters(model)
 
 
 def mamba_forward_flops(model: ModelSection) -> int:

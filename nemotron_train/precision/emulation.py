@@ -197,8 +197,16 @@ class Emulation:
             advance_together(histories, group)
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor, quantizers: Quantizers, emulation: Emulation, *, fresh: bool) -> Tensor:
-    """Multiply x [..., K] by the weight's transpose, in FP8 forward and backward.
+def fp8_linear(
+    x: Tensor,
+    weight_NK: Tensor,
+    quantizers: Quantizers,
+    emulation: Emulation,
+    *,
+    fresh: bool,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    """Multiply x [..., K] by the weight's transpose, in FP8 forward and backward; the bias is added before rounding.
 
     Args:
         fresh: the weight may have changed since the last call; else its quantised copy is used again.
@@ -208,18 +216,26 @@ def fp8_linear(x: Tensor, weight_NK: Tensor, quantizers: Quantizers, emulation: 
     """
     if fresh or quantizers.kept_weight is None:
         quantizers.kept_weight = quantizers.weight(weight_NK.detach())
-    return _Fp8Linear.apply(x, weight_NK, quantizers.kept_weight, quantizers, emulation)
+    return _Fp8Linear.apply(x, weight_NK, bias_N, quantizers.kept_weight, quantizers, emulation)
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_NK: Tensor, weight: Fp8Tensor, quantizers: Quantizers, emulation: Emulation
+        ctx: Any,
+        x: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        weight: Fp8Tensor,
+        quantizers: Quantizers,
+        emulation: Emulation,
     ) -> Tensor:
         assert emulation.region is not None, "layers quantise only inside FP8"
         x_forward, x_backward = quantizers.input(x.flatten(0, -2))
         quantizers.multiplied("forward", x_forward, weight)
         y_TN = x_forward.dequantize() @ weight.dequantize().mT
+        if bias_N is not None:
+            y_TN += bias_N
         ctx.weight_NK, ctx.weight, ctx.x, ctx.shape = weight_NK, weight, x_backward, x.shape
         ctx.quantizers, ctx.emulation, ctx.group = quantizers, emulation, emulation.region.group
         # The first layer's backward pass is the last to come.
@@ -236,7 +252,9 @@ class _Fp8Linear(torch.autograd.Function):
         dweight_NK = dy_weight.dequantize().mT @ ctx.x.dequantize()
         if ctx.ends_backward:
             ctx.emulation.advance_backward(ctx.group)
-        return dx_TK.to(weight_NK.dtype).view(ctx.shape), _add_to_main(weight_NK, dweight_NK), None, None, None
+        dbias_N = dy.flatten(0, -2).sum(0, dtype=torch.float32).to(dy.dtype) if ctx.needs_input_grad[2] else None
+        dx = dx_TK.to(weight_NK.dtype).view(ctx.shape)
+        return dx, _add_to_main(weight_NK, dweight_NK), dbias_N, None, None, None
 
 
 def _add_to_main(weight: Tensor, gradient: Tensor) -> Tensor:

@@ -216,3 +216,15 @@ def test_a_key_that_the_checkpoint_did_not_know_had_its_default() -> None:
     check_configuration(commit, config, is_new_run=False)
     with pytest.raises(CheckpointError, match=r'optim\.moments: "fp32" then, "bf16" now'):
         check_configuration(commit, mutated(config, ["optim", "moments"], "bf16"), is_new_run=False)
+
+
+def test_a_part_of_the_model_that_the_checkpoint_did_not_know_was_not_there() -> None:
+    """Fails if weights that an older version trained without a part go on with it, because nothing names it."""
+    config = config_of_test()
+    commit = commit_of(config)
+    for model in (commit.model, commit.config["model"]):
+        del model["position_embedding"]
+    check_configuration(commit, config, is_new_run=True)
+    for is_new_run in (True, False):
+        with pytest.raises(CheckpointError, match=r'model\.position_embedding: "none" then, "rope" now'):
+            check_configuration(commit, mutated(config, ["model", "position_embedding"], "rope"), is_new_run=is_new_run)

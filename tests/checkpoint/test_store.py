@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from nemotron_train.checkpoint.commit import read_commit
 from nemotron_train.checkpoint.store import load_checkpoint, save_checkpoint, sharded_state
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
-from nemotron_train.config.schema import PrecisionFormat, RunConfig
+from nemotron_train.config.schema import Norm, PositionEmbedding, PrecisionFormat, QkvNorm, RunConfig
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress
 from nemotron_train.step import train_step
@@ -68,8 +68,14 @@ CP2 = {"context_parallel_size": 2}
 FOUR_LAYERS = "MM*-"  # enough for two stages of two chunks
 
 
-def config_of(run_dir: Path, parallel: Mapping[str, Any], pattern: str = "M*-") -> RunConfig:
-    return small_config(Path("unused"), run_dir, model={"layer_pattern": pattern}, parallel=dict(parallel))
+GPT: dict[str, Any] = dict(
+    norm=Norm.layer, linear_bias=True, position_embedding=PositionEmbedding.learned, max_position_embeddings=40,
+    qkv_norm=QkvNorm.qk, output_norm=True, layer_scale=0.5,
+)  # fmt: skip
+
+
+def config_of(run_dir: Path, parallel: Mapping[str, Any], pattern: str = "M*-", **model: Any) -> RunConfig:
+    return small_config(Path("unused"), run_dir, model={"layer_pattern": pattern, **model}, parallel=dict(parallel))
 
 
 def start_and_save(config: RunConfig, start: Path | None, steps: int) -> Arrays:
@@ -186,7 +192,9 @@ def walk_over_all_pairs(names: list[str], seed: int) -> list[str]:
     return walk[::-1]
 
 
-def walk_through_layouts(ranks: RankPool, folder: Path, start: Path, walk: list[str]) -> None:
+def walk_through_layouts(
+    ranks: RankPool, folder: Path, start: Path, walk: list[str], pattern: str = FOUR_LAYERS, **model: Any
+) -> None:
     """Load and save under one layout after the other; nothing may change in any bit on the way."""
     before = stored_tensors(start)
     for part in PARTS_OF_OPTIMIZER:
@@ -195,15 +203,15 @@ def walk_through_layouts(ranks: RankPool, folder: Path, start: Path, walk: list[
             assert before[key].any(), f"{key} has nothing to lose"
     for number, name in enumerate(walk):
         world_size, parallel = LAYOUTS[name]
-        ranks.run(start_and_save, world_size, config_of(folder / str(number), parallel, FOUR_LAYERS), start, 0)
+        ranks.run(start_and_save, world_size, config_of(folder / str(number), parallel, pattern, **model), start, 0)
         start = saved(folder / str(number))
         after = stored_tensors(start)
         assert after.keys() == before.keys(), name
         assert [key for key in before if not torch.equal(before[key], after[key])] == [], (number, name)
 
 
-def first_checkpoint(ranks: RankPool, folder: Path) -> Path:
-    ranks.run(start_and_save, 1, config_of(folder, {}, FOUR_LAYERS), None, 2)
+def first_checkpoint(ranks: RankPool, folder: Path, pattern: str = FOUR_LAYERS, **model: Any) -> Path:
+    ranks.run(start_and_save, 1, config_of(folder, {}, pattern, **model), None, 2)
     return saved(folder)
 
 
@@ -220,6 +228,12 @@ def test_weights_and_moments_survive_every_change_of_layout(ranks: RankPool, tmp
     walk = walk_over_all_pairs([*LAYOUTS], seed=5)
     assert len(set(pairwise(walk))) == len(LAYOUTS) * (len(LAYOUTS) - 1)
     walk_through_layouts(ranks, tmp_path, first_checkpoint(ranks, tmp_path / "first"), walk[1:])
+
+
+def test_biases_norms_and_positions_survive_changes_of_layout(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if a parameter that only a GPT has is stored in another shape or place by another layout."""
+    start = first_checkpoint(ranks, tmp_path / "first", "*-*-", **GPT)
+    walk_through_layouts(ranks, tmp_path, start, ["tp2 pp2", "dp2", "tp2", "cp2", "pp2 vpp2", "alone"], "*-*-", **GPT)
 
 
 def test_delayed_scaling_may_begin_and_end_with_any_checkpoint(ranks: RankPool, tmp_path: Path) -> None:

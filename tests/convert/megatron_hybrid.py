@@ -60,7 +60,7 @@ from nemotron_train.plan.run_plan import plan_run
 from tests.convert.megatron_models import MODEL, config_of
 from tests.engine.live import live_groups
 
-mamba_block.TENorm = lambda config, hidden_size, eps: plain_layers.RMSNorm(config, hidden_size)
+mamba_block.TENorm = lambda config, hidden_size, eps: plain_layers.Norm(config, hidden_size, eps)
 COLUMN, ROW = plain_layers.NormColumnParallelLinear, plain_layers.RowParallelLinear
 
 # As `mamba_stack_spec` of megatron/core/models/mamba, with plain layers for those of Transformer Engine.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemotron_train.checkpoint.commit import read_commit
+from nemotron_train.checkpoint.commit import COMMIT_FILE, _commit_text, read_commit
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
 from nemotron_train.config.schema import ModelSection
 from nemotron_train.convert.__main__ import main
@@ -64,3 +64,12 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "merged").exists()
     assert merge(first, first, 0.5, tmp_path / "first") == 1
     assert f"{first} is there already" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_before_a_key_was_known_merges_with_one_of_after(tmp_path: Path) -> None:
+    """Fails if two checkpoints of one model are taken for two because one does not name the parts that it lacks."""
+    first, second = (random_checkpoint(tmp_path / str(seed), MODEL, seed) for seed in (1, 2))
+    commit = read_commit(first)
+    older = replace(commit, model={key: value for key, value in commit.model.items() if key != "qkv_norm"})
+    (first / COMMIT_FILE).write_text(_commit_text(older))
+    assert merge(first, second, 0.5, tmp_path / "merged") == 0

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from nemotron_train.config.schema import ModelSection
+from nemotron_train.config.schema import ModelSection, Norm, PositionEmbedding, QkvNorm
 from nemotron_train.convert.__main__ import main
 from nemotron_train.convert.export_hf import ExportRequest, export_hugging_face
 from nemotron_train.convert.parity import check_shapes
@@ -104,6 +105,24 @@ def test_a_folder_that_is_no_checkpoint_is_not_exported(tmp_path: Path, capsys: 
     message = capsys.readouterr().err
     assert str(tmp_path) in message
     assert "COMMIT.json" in message
+
+
+def test_a_model_that_is_no_nemotron_h_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fails if a part is dropped without a word, or the message does not name all of them."""
+    model = replace(
+        MODEL, layer_pattern="*-", norm=Norm.layer, linear_bias=True, position_embedding=PositionEmbedding.rope,
+        rope_base=500_000.0, qkv_norm=QkvNorm.qk, output_norm=True, attention_logit_scale=0.5, attention_logit_cap=50.0,
+        layer_scale=0.1,
+    )  # fmt: skip
+    checkpoint, output = random_checkpoint(tmp_path / "run", model), tmp_path / "model"
+    assert main(["export-hf", f"--checkpoint={checkpoint}", f"--output={output}"]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        "model.norm=layer, model.linear_bias=True, model.position_embedding=rope, model.rope_base=500000.0, "
+        "model.qkv_norm=qk, model.output_norm=True, model.attention_logit_scale=0.5, model.attention_logit_cap=50.0, "
+        "model.layer_scale=0.1"
+    ) in message
+    assert not output.exists()
 
 
 def test_an_end_token_that_is_nobodys_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,9 +1,12 @@
 """Is decoding token by token the forward pass over the whole text, whatever stands beside a sequence in the batch?"""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from nemotron_train.errors import ConfigError
 from nemotron_train.generate.attention_cache import KeyValueCache
 from nemotron_train.generate.continuations import Continuation, End, Request, continue_prompts
 from nemotron_train.generate.decoder import Decoder
@@ -24,12 +27,12 @@ PROMPTS = [
 ]
 
 
-def random_model(pattern: str = "M-M*M*-", *, tied: bool = False) -> HybridModel:
+def random_model(pattern: str = "M-M*M*-", *, tied: bool = False, **parts: Any) -> HybridModel:
     torch.manual_seed(3)
     sizes = ReferenceSizes(
         layer_pattern=pattern, hidden_size=32, ffn_hidden_size=48, num_attention_heads=6, num_query_groups=2,
         attention_head_dim=8, mamba_num_heads=8, mamba_head_dim=6, mamba_num_groups=4, mamba_state_dim=10,
-        vocab_size=VOCAB, tied_embeddings=tied,
+        vocab_size=VOCAB, tied_embeddings=tied, **parts,
     )  # fmt: skip
     model = HybridModel(sizes)
     for name, parameter in model.named_parameters():
@@ -44,10 +47,24 @@ def whole_forward(model: HybridModel, tokens: list[int]) -> Tensor:
     return model(torch.tensor([tokens]))[0, -1]
 
 
-@pytest.mark.parametrize(("pattern", "tied"), [("M-M*M*-", False), ("*-*", False), ("MM", True)])
-def test_every_tokens_logits_are_those_of_the_whole_forward_pass(pattern: str, tied: bool) -> None:
-    """Fails if a state is not that of its own prompt's end, is not kept up, or another sequence's gets into it."""
-    model = random_model(pattern, tied=tied)
+LEARNED: dict[str, Any] = dict(position_embedding="learned", max_position_embeddings=100)
+ROPE: dict[str, Any] = dict(position_embedding="rope", rope_base=50.0)
+MODELS: dict[str, dict[str, Any]] = {
+    "hybrid": dict(pattern="M-M*M*-"),
+    "transformer": dict(pattern="*-*"),
+    "tied": dict(pattern="MM", tied=True),
+    "gpt": dict(pattern="*-*-", norm="layer", linear_bias=True, **LEARNED),
+    "norms of values and outputs": dict(pattern="*-*", qkv_norm="qkv", output_norm=True, layer_scale=0.5, **LEARNED),
+    "rope": dict(pattern="*-*-", **ROPE),
+    "capped": dict(pattern="M*-*", qkv_norm="qk", attention_logit_scale=2.0, attention_logit_cap=1.0, **ROPE),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tokens_logits_are_those_of_the_whole_forward_pass(name: str) -> None:
+    """Fails if a state is not that of its own prompt's end, is not kept up, or another sequence's gets into it, or if a
+    token gets another place than its own."""
+    model = random_model(**MODELS[name])
     texts = [list(prompt) for prompt in PROMPTS]
     decoder = Decoder(model, texts, room=100)
     for number in range(6):
@@ -56,6 +73,15 @@ def test_every_tokens_logits_are_those_of_the_whole_forward_pass(pattern: str, t
         next_tokens = torch.tensor([(13 * number + 5 * row) % VOCAB for row in range(len(texts))])
         texts = [[*text, token] for text, token in zip(texts, next_tokens.tolist(), strict=True)]
         decoder.append(next_tokens)
+
+
+def test_texts_do_not_run_over_the_learned_positions() -> None:
+    """Fails if a text goes on where no position was learned, or is refused a token too early (the last is not
+    read)."""
+    model = random_model("*-", position_embedding="learned", max_position_embeddings=12)
+    assert len(continue_prompts(model, [list(range(5))], Request(max_new_tokens=8))[0].tokens) == 8
+    with pytest.raises(ConfigError, match=r"5 tokens.*--max-new-tokens=9.*model\.max_position_embeddings=12"):
+        continue_prompts(model, [list(range(5))], Request(max_new_tokens=9))
 
 
 def test_greedy_continuations_are_those_of_the_whole_forward_pass() -> None:

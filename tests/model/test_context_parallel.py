@@ -2,7 +2,7 @@
 whole ones? Nats of every token, and the gradient of every parameter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from nemotron_train.config.schema import Recompute, RunConfig
+from nemotron_train.config.schema import PositionEmbedding, QkvNorm, Recompute, RunConfig
 from nemotron_train.data.batch import Batch, build_batch, take_part
 from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.engine.layer_parts import choose_layer_parts
@@ -36,9 +36,13 @@ class Case:
     groups: int  # of Mamba heads; there are 8 heads
     documents: bool = False
     recompute: Recompute = Recompute.none
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
+ROTATED = dict(position_embedding=PositionEmbedding.rope)
+NORMED_AND_ROTATED = dict(**ROTATED, qkv_norm=QkvNorm.qk, attention_logit_scale=2.0)
+LEARNED = dict(position_embedding=PositionEmbedding.learned, max_position_embeddings=SEQ)
 CASES = {
     "two groups a rank": Case(2, CP2, groups=4),
     "two ranks a group": Case(4, CP4, groups=2),
@@ -47,11 +51,18 @@ CASES = {
     "documents": Case(4, CP4, groups=2, documents=True),
     "recompute all": Case(2, CP2, groups=4, recompute=Recompute.full),
     "recompute the inside": Case(2, CP2, groups=4, recompute=Recompute.selective),
+    "learned positions": Case(2, CP2, groups=4, model=LEARNED),
+    "learned positions of documents": Case(4, CP4, groups=2, documents=True, model=LEARNED),
+    "norms and rope": Case(2, CP2, groups=4, model=NORMED_AND_ROTATED),
+    "rope and tensor parallelism": Case(4, {**CP2, "tensor_parallel_size": 2}, groups=2, model=ROTATED),
+    "capped scores of documents": Case(
+        4, CP4, groups=2, documents=True, model={**NORMED_AND_ROTATED, "attention_logit_cap": 0.8}
+    ),
 }
 
 
 def config_of(case: Case) -> RunConfig:
-    model = {"layer_pattern": "M*-M", "mamba_num_groups": case.groups, "init_std": 0.2}
+    model = {"layer_pattern": "M*-M", "mamba_num_groups": case.groups, "init_std": 0.2, **case.model}
     sections: dict[str, Any] = {"model": model, "parallel": case.parallel, "train": {"recompute": case.recompute}}
     return small_config(Path("unused"), Path("unused"), **sections)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_train.config.schema import Initialization, ModelSection, RunConfig
+from nemotron_train.config.schema import Initialization, ModelSection, Norm, PositionEmbedding, QkvNorm, RunConfig
 from nemotron_train.engine.layer_parts import choose_layer_parts
 from nemotron_train.engine.mcore_config import build_transformer_config
 from nemotron_train.model.build import build_model_chunks
@@ -43,6 +43,10 @@ def first_weights(configs: dict[str, RunConfig]) -> dict[str, Arrays]:
         return weights
 
 
+GPT: dict[str, Any] = dict(
+    layer_pattern="*-*-", norm=Norm.layer, linear_bias=True, position_embedding=PositionEmbedding.learned,
+    max_position_embeddings=32, qkv_norm=QkvNorm.qk, output_norm=True, layer_scale=0.125,
+)  # fmt: skip
 ALONE = {
     "plain": config_with(),
     "tied": config_with(tied_embeddings=True),
@@ -50,10 +54,12 @@ ALONE = {
     "gpt": config_with(initialization=Initialization.gpt),
     "wide": config_with(init_std=0.5),
     "many heads": config_with(mamba_num_heads=512, mamba_head_dim=2),
+    "gpt parts": config_with(**GPT),
 }
 SPLIT = {
     "plain": config_with(TP2_PP2),
     "tied": config_with(TP2_PP2, tied_embeddings=True),
+    "gpt parts": config_with(TP2_PP2, **GPT),
 }
 
 
@@ -67,18 +73,21 @@ def split(ranks: RankPool) -> list[dict[str, Arrays]]:
     return ranks.run(first_weights, 4, SPLIT)
 
 
-def test_ranks_hold_slices_of_the_weights_of_one_rank(alone: dict[str, Arrays], split: list[dict[str, Arrays]]) -> None:
+@pytest.mark.parametrize("key", ["plain", "gpt parts"])
+def test_ranks_hold_slices_of_the_weights_of_one_rank(
+    alone: dict[str, Arrays], split: list[dict[str, Arrays]], key: str
+) -> None:
     """Fails if a rank draws its own numbers, or takes other rows of a packed parameter than its heads and groups
     need."""
-    model = ALONE["plain"].model
-    joined = join_ranks([rank["plain"] for rank in split], 2, model)
-    assert joined.keys() == alone["plain"].keys()
-    for name, whole in alone["plain"].items():
+    model = ALONE[key].model
+    joined = join_ranks([rank[key] for rank in split], 2, model)
+    assert joined.keys() == alone[key].keys()
+    for name, whole in alone[key].items():
         assert np.array_equal(joined[name], whole), name
         for rank, weights in enumerate(split):
-            if name in weights["plain"]:
+            if name in weights[key]:
                 part = take_shard(torch.from_numpy(whole), rule_for(name), model, rank % 2, 2).numpy()
-                assert np.array_equal(part, weights["plain"][name]), (name, rank)
+                assert np.array_equal(part, weights[key][name]), (name, rank)
 
 
 def test_every_parameter_is_on_one_pipeline_stage(split: list[dict[str, Arrays]]) -> None:
@@ -108,6 +117,19 @@ def test_a_tied_head_starts_as_the_embedding(alone: dict[str, Arrays], split: li
         assert np.array_equal(embedding, head)
     assert "output_layer.weight" not in alone["tied"]
     assert not np.array_equal(alone["plain"]["embedding.word_embeddings.weight"], alone["plain"]["output_layer.weight"])
+
+
+def test_norms_biases_and_scales_start_where_they_do_nothing(alone: dict[str, Arrays]) -> None:
+    """Fails if a bias does not start at 0, a norm at 1, a layer's scale at model.layer_scale, or positions start like
+    nothing that is learned."""
+    for name, array in alone["gpt parts"].items():
+        if name.endswith("layer_scale"):
+            assert np.all(array == 0.125), name
+        elif array.ndim == 1:
+            assert np.all(array == (0 if name.endswith("bias") else 1)), name
+    positions = alone["gpt parts"]["embedding.position_embeddings.weight"]
+    assert positions.shape == (32, 32)
+    assert positions.std() == pytest.approx(0.02, rel=0.08)
 
 
 def test_another_seed_gives_other_weights(alone: dict[str, Arrays]) -> None:

@@ -8,10 +8,15 @@ from tests.engine.live import Arrays
 
 COLUMN_SPLIT = ("out_proj.weight", "linear_proj.weight", "linear_fc2.weight")
 ROW_SPLIT = (
-    "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_fc1.weight",
+    "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_fc1.weight", "linear_qkv.bias",
+    "linear_fc1.bias",
     "mixer.norm.weight", "mixer.dt_bias", "mixer.A_log", "mixer.D",
 )  # fmt: skip
-WHOLE = ("layer_norm_weight", "final_norm.weight")
+WHOLE = (
+    "layer_norm_weight", "layer_norm_bias", "final_norm.weight", "final_norm.bias", "layernorm.weight",
+    "layernorm.bias", "output_norm.weight", "output_norm.bias", "layer_scale", "position_embeddings.weight",
+    "linear_proj.bias", "linear_fc2.bias",
+)  # fmt: skip
 
 
 def join_ranks(ranks: list[Arrays], tp_size: int, model: ModelSection) -> Arrays:

@@ -13,6 +13,12 @@ def test_documents_know_their_bounds() -> None:
     assert found.lengths == [[2, 3], [1, 1, 2, 1], [5]]
 
 
+def test_places_begin_anew_in_every_document() -> None:
+    """Fails if a place is counted from the sample's start, or from another sample's document."""
+    documents = Documents(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 3]], dtype=torch.int32))
+    assert documents.positions_BS.tolist() == [[0, 1, 0, 1, 2], [0, 0, 0, 1, 0]]
+
+
 def test_each_document_is_run_on_its_own_and_put_back_in_place() -> None:
     """Fails if tokens of two documents or samples meet, or results come back in another order."""
     documents = Documents(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 3]], dtype=torch.int32))

@@ -82,6 +82,34 @@ def test_ranks_hold_all_parameters_once(changes: list[str], experiment: str) -> 
     assert held - repeated == plan.sizes.parameters
 
 
+GPT = "stability_830m"
+
+
+def kept_more(*changes: str, without: tuple[str, ...] = ()) -> int:
+    """How many more bytes of activations one GPU keeps with these changes."""
+    (changed,), (before,) = (plan_memory(planned(*keys, experiment=GPT)) for keys in ((*without, *changes), without))
+    return changed.activations - before.activations
+
+
+def test_activations_of_the_parts_of_a_gpt_are_counted() -> None:
+    """Fails if what a part keeps is left out. By hand, in bytes a token of the 24 attention layers (16 heads of 64
+    channels, bf16); norms keep two float32 numbers for each thing they norm."""
+    tokens, hidden, heads = 4096, 1024, 16
+    q_and_k = 24 * tokens * (2 * hidden * 2 + 2 * heads * 8)
+    assert kept_more("model.qkv_norm=qk") == q_and_k
+    v_for_the_norm_before = 24 * tokens * (hidden * 2 + heads * 8 - hidden * 2 - 8)
+    assert kept_more("model.qkv_norm=qkv") == q_and_k + v_for_the_norm_before
+    assert kept_more("model.output_norm=true") == 48 * tokens * (hidden * 2 + 8)
+    assert kept_more("model.layer_scale=0.1") == 48 * tokens * hidden * 2
+    rotated_keys = 24 * tokens * hidden * 2
+    rope = ("model.position_embedding=rope", "model.max_position_embeddings=null")
+    assert kept_more(*rope) == rotated_keys
+    assert kept_more(*rope, without=("model.qkv_norm=qk",)) == 0
+    scores = 24 * heads * tokens * tokens * (4 + 4 + 2)
+    assert kept_more("model.attention_logit_cap=50") == scores - 24 * heads * tokens * 4  # no log-sum-exp
+    assert kept_more("model.norm=rms") == -(48 * tokens * 4)  # no mean
+
+
 def test_full_recomputation_keeps_the_inputs_of_the_layers_alone() -> None:
     """Fails if a layer keeps more than its input, or what is computed again is not counted while it is there."""
     (rank,) = memory("train.recompute=full", world_size=4)

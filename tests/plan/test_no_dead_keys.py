@@ -30,6 +30,13 @@ CHANGES_THE_PLAN = {
     "model.mamba_chunk_size": ["model.mamba_chunk_size=32"],
     "model.vocab_size": ["model.vocab_size=4096"],
     "model.tied_embeddings": ["model.tied_embeddings=true"],
+    "model.norm": ["model.norm=layer"],
+    "model.linear_bias": ["model.linear_bias=true"],
+    "model.position_embedding": ["model.position_embedding=learned", "model.max_position_embeddings=512"],
+    "model.max_position_embeddings": ["model.max_position_embeddings=1024"],
+    "model.qkv_norm": ["model.qkv_norm=qk"],
+    "model.output_norm": ["model.output_norm=true"],
+    "model.layer_scale": ["model.layer_scale=0.1"],
     "parallel.tensor_parallel_size": ["parallel.tensor_parallel_size=2"],
     "parallel.pipeline_parallel_size": ["parallel.pipeline_parallel_size=2"],
     "parallel.context_parallel_size": ["parallel.context_parallel_size=2"],
@@ -55,6 +62,9 @@ READ_BY_WHAT_RUNS = {
     "run.dir": "trainer: where everything is written",
     "run.seed": "model, data: weights and order",
     "model.norm_epsilon": "engine, model: norms",
+    "model.rope_base": "model: angles of queries and keys",
+    "model.attention_logit_scale": "engine: attention",
+    "model.attention_logit_cap": "engine: attention",
     "model.initialization": "model: initial values",
     "model.init_std": "model: initial values",
     "precision.fp8_scales": "precision: scales of FP8 tensors",
@@ -109,6 +119,10 @@ def test_a_key_of_the_plan_changes_it(key: str) -> None:
     base = ["train.micro_batch_size=4"]
     if key == "parallel.virtual_pipeline_size":
         base.append("parallel.pipeline_parallel_size=2")
+    if key == "model.linear_bias":
+        base.append("model.layer_pattern='*-*-'")  # Mamba layers have none
+    if key == "model.max_position_embeddings":
+        base += ["model.position_embedding=learned", "model.max_position_embeddings=512"]
     if key.startswith("precision."):
         base += ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
     before = plan_run(config_with(*base), 4)

@@ -51,6 +51,18 @@ def test_text_tells_model_layout_steps_rate_and_phases(capsys: pytest.CaptureFix
         assert fact in out
 
 
+def test_text_tells_the_parts_of_a_gpt(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the banner keeps a part of the model to itself, or the time is told as if all of it were counted."""
+    changes = ["model.qkv_norm=qk", "model.attention_logit_cap=50"]
+    assert main(["experiment=stability_830m", "world_size=8", *changes]) == 0
+    out = capsys.readouterr().out
+    parts = "norm layer, linear_bias True, position_embedding learned, max_position_embeddings 4096, qkv_norm qk"
+    for fact in (parts, "attention_logit_cap 50.0", "positions 4.194M", "not counted: what", "not fused"):
+        assert fact in out
+    assert main(["experiment=nemotron_nano_12b_v2", "world_size=4", "train.global_batch_size=1"]) == 0
+    assert "not counted" not in capsys.readouterr().out
+
+
 def test_the_long_context_layout_of_the_12b_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if 512k tokens on tensor 8 x context 16 cannot be planned, or context-parallel ranks count as replicas."""
     long = ["parallel.context_parallel_size=16", "train.seq_length=524_288", "train.global_batch_size=92"]

@@ -4,10 +4,14 @@ Oracles are the figures of the papers and model cards, written here by hand.
 """
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 
+import recipes
 from nemotron_train.config.load import load_config
+from nemotron_train.config.schema import PositionEmbedding
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.run_plan import RunPlan, plan_run
 
@@ -58,17 +62,43 @@ def test_sizes_and_steps_are_the_published_ones(experiment: str) -> None:
         assert plan.train_flops == pytest.approx(flops, rel=0.01)
 
 
-def test_what_the_830m_lacks_of_the_published_one_is_what_its_recipe_names() -> None:
-    """Fails if the recipe's missing parts (learned positions, biases, LayerNorm's biases) are not all that is missing
-    from 830.79M."""
+def test_the_830m_has_exactly_its_published_parameters() -> None:
+    """Fails if a bias, a LayerNorm's bias or a learned position is lost: counted by hand, and as published."""
     plan = planned("stability_830m")
-    hidden, ffn = 1024, 4096
-    biases = 24 * (3 * hidden + hidden + ffn + hidden)  # QKV, Proj, FC1, FC2
-    norm_biases = (2 * 24 + 1) * hidden
-    published = plan.sizes.parameters + 4096 * hidden + biases + norm_biases
-    assert published / 1e6 == pytest.approx(830.79, abs=0.005)
+    hidden, ffn, vocabulary = 1024, 4096, 256_000
+    attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden  # QKV, Proj
+    mlp = hidden * ffn + ffn + ffn * hidden + hidden  # FC1, FC2
+    norms = (2 * 24 + 1) * 2 * hidden
+    assert plan.sizes.parameters == 2 * vocabulary * hidden + 4096 * hidden + 24 * (attention + mlp) + norms
+    assert plan.sizes.parameters == 830_793_728
     assert plan.tokens_per_step == 512 * 4096
     assert plan.sizes.num_layers[LayerKind.attention] == plan.sizes.num_layers[LayerKind.mlp] == 24
+
+
+STABILITY_METHODS = {  # parameters each adds to the 830M: norms of 64 channels and their biases, and of 1,024
+    "soft_temp": 0,
+    "soft_cap": 0,
+    "LayerScale": 48 * 1024,
+    "QK_norm": 24 * 2 * 2 * 64,
+    "QK_FC_norm": 24 * 2 * 2 * 64 + 48 * 2 * 1024,
+    "QKV_norm": 24 * 3 * 2 * 64 - 24 * 2 * 1024,  # in place of the norm before
+    "QK_norm_cap": 24 * 2 * 2 * 64,
+}
+
+
+@pytest.mark.parametrize("method", STABILITY_METHODS)
+def test_methods_of_the_stability_paper_are_the_overrides_that_the_recipe_names(method: str) -> None:
+    """Fails if an override that stability_830m.yaml tells its readers to use is refused, or gives another model."""
+    text = (Path(recipes.__file__).parent / "experiment" / "stability_830m.yaml").read_text(encoding="utf-8")
+    [overrides] = re.findall(rf"^#   {method} +(.+)$", text, re.MULTILINE)
+    plan = plan_run(load_config(["experiment=stability_830m", *overrides.split()]), 8)
+    assert plan.sizes.parameters - planned("stability_830m").sizes.parameters == STABILITY_METHODS[method]
+
+
+@pytest.mark.parametrize("experiment", ["nemotron_t_8b", "ablation_1b_transformer"])
+def test_the_transformer_controls_rotate_queries_and_keys(experiment: str) -> None:
+    """Fails if a control loses its positions: attention and MLP layers alone cannot tell them."""
+    assert planned(experiment).config.model.position_embedding is PositionEmbedding.rope
 
 
 @pytest.mark.parametrize("experiment", RATES)

@@ -4,6 +4,7 @@ import pytest
 
 from nemotron_train.config.keys import describe_keys
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.architecture_rules import ARCHITECTURE_RULES
 from nemotron_train.plan.precision_rules import PRECISION_RULES
 from nemotron_train.plan.ranges import RANGES
 from nemotron_train.plan.rules import MODEL_RULES, RUN_RULES, check_rules
@@ -15,8 +16,67 @@ CP2 = "parallel.context_parallel_size=2"
 FP8 = ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
 WORDS = "whole number", "number", "whole number or null", "number or null"
 
+ALL_RULES = (*MODEL_RULES, *ARCHITECTURE_RULES, *PRECISION_RULES, *RUN_RULES)
+
 # rule, changes to the quickstart (16 samples of 256 tokens, micro-batch 8, 10 layers), ranks, what the message holds
 BROKEN: list[tuple[str, list[str], int, list[str]]] = [
+    (
+        "positions_have_their_keys",
+        ["model.position_embedding=learned"],
+        1,
+        ["model.max_position_embeddings is null", "model.position_embedding=learned"],
+    ),
+    (
+        "positions_have_their_keys",
+        ["model.position_embedding=rope", "model.max_position_embeddings=512"],
+        1,
+        ["model.max_position_embeddings=512", "model.position_embedding=rope", "null"],
+    ),
+    (
+        "positions_have_their_keys",
+        ["model.rope_base=500000"],
+        1,
+        ["model.rope_base=500000.0", "model.position_embedding=none", "null"],
+    ),
+    (
+        "samples_fit_into_the_learned_positions",
+        ["model.position_embedding=learned", "model.max_position_embeddings=255"],
+        1,
+        ["train.seq_length=256", "model.max_position_embeddings=255"],
+    ),
+    (
+        "samples_fit_into_the_learned_positions",
+        ["model.position_embedding=learned", "model.max_position_embeddings=256", "data.phases.1.seq_length=512"],
+        1,
+        ["data.phases[1].seq_length=512", "model.max_position_embeddings=256"],
+    ),
+    (
+        "rotated_heads_have_pairs_of_channels",
+        ["model.position_embedding=rope", "model.attention_head_dim=33"],
+        1,
+        ["model.attention_head_dim=33", "model.position_embedding=rope", "34"],
+    ),
+    *(
+        ("options_of_attention_need_attention", [change, "model.layer_pattern=M-M-"], 1, [change, "M-M-", neutral])
+        for change, neutral in (
+            ("model.position_embedding=rope", "none"),
+            ("model.qkv_norm=qk", "none"),
+            ("model.attention_logit_scale=0.5", "1.0"),
+            ("model.attention_logit_cap=50.0", "null"),
+        )
+    ),
+    (
+        "mamba_layers_have_no_biases",
+        ["model.linear_bias=true", "model.layer_pattern=M-M*"],
+        1,
+        ["model.linear_bias=true", "M-M*"],
+    ),
+    (
+        "normed_values_are_split_over_the_sequence",
+        [TP2, "model.qkv_norm=qkv"],
+        2,
+        ["model.qkv_norm=qkv", "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"],
+    ),
     (
         "fp8_keys_need_fp8",
         ["precision.bf16_first_layers=1"],
@@ -397,13 +457,13 @@ def test_a_broken_rule_says_what_clashes_and_what_to_change(
     with pytest.raises(ConfigError) as caught:
         check_rules(config, world_size)
     assert [part for part in expected if part not in str(caught.value)] == []
-    own = [r for r in (*MODEL_RULES, *PRECISION_RULES, *RUN_RULES) if r.__name__ == rule]
+    own = [r for r in ALL_RULES if r.__name__ == rule]
     assert list(own[0](config, world_size)), f"{rule} did not speak"
 
 
 def test_every_rule_is_broken_above() -> None:
     """Fails if a rule is added without a case that breaks it."""
-    assert {rule.__name__ for rule in (*MODEL_RULES, *PRECISION_RULES, *RUN_RULES)} == {case[0] for case in BROKEN}
+    assert {rule.__name__ for rule in ALL_RULES} == {case[0] for case in BROKEN}
 
 
 def test_all_broken_rules_are_reported_together() -> None:
@@ -427,6 +487,8 @@ def test_all_broken_rules_are_reported_together() -> None:
         (["parallel.context_parallel_size=4", "model.mamba_num_heads=16", "model.mamba_num_groups=2"], 4),
         (["parallel.context_parallel_size=2", "model.mamba_num_heads=16", "model.mamba_num_groups=4"], 2),
         (["parallel.pipeline_parallel_size=10"], 10),
+        ([TP2, "parallel.sequence_parallel=true", "model.qkv_norm=qkv", "model.position_embedding=rope"], 2),
+        (["model.position_embedding=learned", "model.max_position_embeddings=256", "model.layer_pattern=M-M-"], 1),
         (["checkpoint.resume=runs/a/checkpoints/step_000000100"], 1),
         (["checkpoint.allow_change=[lr,data.phases,train.batch_schedule]"], 1),
         (["checkpoint.keep_last=3", "checkpoint.keep_every_tokens=1000"], 1),

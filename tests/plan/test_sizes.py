@@ -1,11 +1,14 @@
 """Parameters and FLOPs, against the papers and against independent implementations."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nemotron_train.config.schema import ModelSection
+from nemotron_train.convert.new_run import parameter_shapes
 from nemotron_train.plan.pattern import LayerKind, parse_pattern
 from nemotron_train.plan.sizes import ModelSizes, count_model
 from tests.plan.small import plan_of
@@ -56,6 +59,24 @@ def test_parameters_are_those_of_hugging_face_nemotron_h(name: str) -> None:
     for layer, kind in zip(theirs.model.layers, (LayerKind.mamba, LayerKind.attention, LayerKind.mlp), strict=True):
         assert plan.sizes.layer_parameters[kind] == count(layer), kind
     assert count_model(model, parse_pattern("M*-"), 8).parameters == count(theirs)
+
+
+@pytest.mark.parametrize("name", ["stability_830m", "nemotron_t_8b"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["model.qkv_norm=qk", "model.norm=layer"],
+        ["model.qkv_norm=qk", "model.norm=rms", "model.output_norm=true"],
+        ["model.qkv_norm=qkv", "model.output_norm=true", "model.layer_scale=0.1"],
+        ["model.layer_pattern='M*-'", "model.linear_bias=false", "model.layer_scale=0.1", "model.norm=layer"],
+    ],
+    ids=" ".join,
+)
+def test_parameters_are_those_of_the_definition(name: str, changes: list[str]) -> None:
+    """Fails if a closed form loses a part that the definition (on the meta device) has, or has one too many."""
+    plan = plan_of(f"model={name}", "train.micro_batch_size=1", *changes)
+    assert plan.sizes.parameters == sum(map(math.prod, parameter_shapes(plan.config.model).values()))
 
 
 def test_a_tied_head_has_no_weights_of_its_own_and_the_same_flops() -> None:

@@ -92,6 +92,20 @@ def test_the_three_products_have_the_operands_of_the_table(recipe: Fp8Recipe) ->
     assert_rounded(found, by_hand(*operands(), EXPECTED[recipe]))
 
 
+@pytest.mark.parametrize("recipe", [BLOCK, CURRENT])
+def test_a_bias_is_added_before_rounding_and_has_its_gradient(recipe: Fp8Recipe) -> None:
+    """Fails if a bias is dropped in FP8, is quantised, or gets no gradient: the sum of the output's over tokens."""
+    x, weight, dy = operands()
+    bias = (100 * torch.randn(160, generator=torch.Generator().manual_seed(1))).bfloat16().requires_grad_()
+    emulation = Emulation(recipe)
+    with emulation.enter(None):
+        without = fp8_linear(x.float(), weight.float(), emulation.new_quantizers(), emulation, fresh=True)
+        y = fp8_linear(x, weight, emulation.new_quantizers(), emulation, fresh=True, bias_N=bias)
+    torch.testing.assert_close(y, (without + bias).bfloat16(), rtol=0, atol=0)
+    y.backward(dy)
+    torch.testing.assert_close(bias.grad.double(), dy.double().sum((0, 1)), rtol=2**-7, atol=1e-2)
+
+
 def test_delayed_scaling_multiplies_with_the_scales_of_the_use_before() -> None:
     """Fails if scales are those of the tensor at hand, a weight's maximum counts once a micro-batch instead of once a
     step, or the backward pass does not advance."""

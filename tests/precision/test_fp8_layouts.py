@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from nemotron_train.config.schema import PrecisionFormat, Recompute
+from nemotron_train.config.schema import Norm, PositionEmbedding, PrecisionFormat, QkvNorm, Recompute
 from nemotron_train.data.batch import take_part
 from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.ranks import launched_rank
-from nemotron_train.step import train_step
+from nemotron_train.step import run_all, train_step
 from nemotron_train.trainer import build_runtime
-from tests.engine.live import live_groups, micro_batches, random_samples
+from tests.engine.live import gradients_of, live_groups, micro_batches, random_samples
 from tests.precision.small_fp8 import BATCH, FORMATS, SEQ, TP2_SP, fp8_config
 from tests.ranks import RankPool
 
@@ -91,3 +91,33 @@ def test_computing_layers_again_changes_nothing(ranks: RankPool, tmp_path: Path,
     """Fails if a layer that is computed again is not in FP8, or has other scales than the first time."""
     losses = ranks.run(take_steps, 1, tmp_path, 2, {"train": {"recompute": Recompute.full}})[0]
     assert losses == alone
+
+
+GPT: dict[str, Any] = dict(
+    layer_pattern="*-*-", norm=Norm.layer, linear_bias=True, position_embedding=PositionEmbedding.learned,
+    max_position_embeddings=SEQ, qkv_norm=QkvNorm.qkv,
+)  # fmt: skip
+
+
+def test_biases_and_norms_are_split_as_without_fp8(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if norms of queries, keys and values are quantised, or split, otherwise than on one rank."""
+    alone = ranks.run(take_steps, 1, tmp_path, 2, {"model": GPT})[0]
+    split = ranks.run(take_steps, 2, tmp_path, 2, {"model": GPT, "parallel": TP2_SP})[0]
+    for format in FORMATS:
+        assert split[format] == pytest.approx(alone[format], rel=2e-3), format
+
+
+def parameters_without_gradient(folder: Path) -> list[tuple[PrecisionFormat, str]]:
+    found = []
+    configs = {format: fp8_config(folder, folder, format, steps=STEPS, model=GPT) for format in FORMATS}
+    with live_groups(configs[FORMATS[0]]) as (platform, groups):
+        for format, config in configs.items():
+            run = build_runtime(plan_run(config, 1), platform, groups)
+            run_all(run, micro_batches(random_samples(0, BATCH, config), 2), forward_only=False)
+            found += [(format, name) for name, gradient in gradients_of(run).items() if not gradient.any()]
+    return found
+
+
+def test_every_parameter_takes_part_in_fp8(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if a layer drops its bias where it computes in FP8."""
+    assert ranks.run(parameters_without_gradient, 1, tmp_path)[0] == []

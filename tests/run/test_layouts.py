@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_train.config.schema import BatchStep, PrecisionFormat, Recompute
+from nemotron_train.config.schema import BatchStep, Norm, PositionEmbedding, PrecisionFormat, QkvNorm, Recompute
 from tests.ranks import RankPool
 from tests.small_runs import small_config, train
 
@@ -141,3 +141,41 @@ def test_the_batch_grows_with_the_tokens(runs: Runs) -> None:
     losses, _ = runs.curve(2, (), 2, (("train", "batch_schedule", (BatchStep(4 * 8 * 32, 16),)),))
     assert len(losses) == 4 + 8
     assert losses[:4] == pytest.approx(runs.curve(1, (), 2)[0][:4], rel=1e-5)
+
+
+GPT = (
+    ("model", "layer_pattern", "*-*-*-*-"),
+    ("model", "norm", Norm.layer),
+    ("model", "linear_bias", True),
+    ("model", "position_embedding", PositionEmbedding.learned),
+    ("model", "max_position_embeddings", 40),
+    ("model", "qkv_norm", QkvNorm.qk),
+    ("model", "attention_logit_cap", 5.0),
+)
+ROPE = (("model", "layer_pattern", "*-*-*-*-"), ("model", "position_embedding", PositionEmbedding.rope))
+
+
+@pytest.mark.parametrize("model", [GPT, ROPE], ids=["gpt", "rope"])
+@pytest.mark.parametrize(
+    "name", ["tp2_sp", "tp2", "pp2", "cp2", "dp2", pytest.param("tp2_pp2", marks=pytest.mark.slow)]
+)
+def test_transformers_do_not_depend_on_the_layout(
+    runs: Runs, name: str, model: tuple[tuple[str, str, Any], ...]
+) -> None:
+    """Fails if a bias, a position or a norm drifts apart between ranks, or its gradient is lost, in 20 steps."""
+    world_size, layout = LAYOUTS[name]
+    losses, norms = runs.curve(world_size, tuple(layout.items()), 2, model)
+    alone_losses, alone_norms = runs.curve(1, (), 2, model)
+    assert losses == pytest.approx(alone_losses, rel=1e-5)
+    assert norms == pytest.approx(alone_norms, rel=1e-4)
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("model", [GPT, ROPE], ids=["gpt", "rope"])
+def test_transformers_in_bf16_follow_those_in_fp32(runs: Runs, model: tuple[tuple[str, str, Any], ...]) -> None:
+    """Fails if a part computes in bf16 what must not be, or keeps its weights in float32: 2 % of the loss."""
+    bf16 = (*model, ("precision", "format", PrecisionFormat.bf16))
+    losses, _ = runs.curve(2, tuple(TP2.items()), 2, bf16)
+    in_fp32, _ = runs.curve(1, (), 2, model)
+    assert losses == pytest.approx(in_fp32, rel=2e-2)
+    assert losses != in_fp32

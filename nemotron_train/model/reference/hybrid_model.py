@@ -12,7 +12,7 @@ from torch.nn import functional
 from nemotron_train.model.reference.attention import CausalSelfAttention
 from nemotron_train.model.reference.mamba2_mixer import Mamba2Mixer
 from nemotron_train.model.reference.mlp import SquaredReluMlp
-from nemotron_train.model.reference.norm import RmsNorm
+from nemotron_train.model.reference.norm import Norm
 from nemotron_train.model.reference.sizes import ReferenceSizes
 
 # Letter of the pattern -> the name the layer has in parameter names, and what it is.
@@ -28,6 +28,10 @@ class HybridModel(nn.Module):
         super().__init__()
         self.embedding = nn.Module()
         self.embedding.word_embeddings = nn.Embedding(sizes.vocab_size, sizes.hidden_size)
+        # None: a text may be of any length.
+        self.num_places = sizes.max_position_embeddings if sizes.position_embedding == "learned" else None
+        if self.num_places is not None:
+            self.embedding.position_embeddings = nn.Embedding(self.num_places, sizes.hidden_size)
         self.decoder = HybridStack(sizes)
         self.output_layer = None
         if not sizes.tied_embeddings:
@@ -44,8 +48,15 @@ class HybridModel(nn.Module):
             rows = [self._each_document(*row) for row in zip(tokens_BS, document_BS, strict=True)]
             return torch.stack(rows)
         embeddings: Tensor = self.embedding.word_embeddings.weight
-        x_BSD = self.decoder(functional.embedding(tokens_BS, embeddings))
+        x_BSD = self.decoder(self.embed(tokens_BS, torch.arange(tokens_BS.shape[1], device=tokens_BS.device)))
         return functional.linear(x_BSD, embeddings if self.output_layer is None else self.output_layer.weight)
+
+    def embed(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return what the first layer reads, (... D), of tokens (...) at these places in their text."""
+        x = functional.embedding(tokens, self.embedding.word_embeddings.weight)
+        if self.num_places is None:
+            return x
+        return x + functional.embedding(places, self.embedding.position_embeddings.weight)
 
     def _each_document(self, tokens_S: Tensor, document_S: Tensor) -> Tensor:
         documents = [tokens_S[document_S == number] for number in document_S.unique()]
@@ -56,19 +67,41 @@ class HybridModel(nn.Module):
         return functional.cross_entropy(self(tokens_BS).flatten(0, 1), labels_BS.flatten())
 
 
+class ResidualLayer(nn.Module):
+    """One layer: its inside, which begins with a norm, and how its output is added to the residual stream."""
+
+    def __init__(self, letter: str, sizes: ReferenceSizes) -> None:
+        super().__init__()
+        self.name, build = _LAYERS[letter]
+        self.add_module(self.name, build(sizes))
+        self.output_norm = Norm(sizes.hidden_size, sizes) if sizes.output_norm else None
+        self.layer_scale = None
+        if sizes.layer_scale is not None:
+            self.layer_scale = nn.Parameter(torch.full((sizes.hidden_size,), sizes.layer_scale))
+
+    @property
+    def inner(self) -> nn.Module:
+        return self.get_submodule(self.name)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.add_to(x_BSD, self.inner(x_BSD))
+
+    def add_to(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the residual stream (... D) after the layer, whose inside gave `out`."""
+        if self.output_norm is not None:
+            out = self.output_norm(out)
+        if self.layer_scale is not None:
+            out = self.layer_scale * out
+        return x + out
+
+
 class HybridStack(nn.Module):
     def __init__(self, sizes: ReferenceSizes) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_residual_layer(letter, sizes) for letter in sizes.layer_pattern)
-        self.final_norm = RmsNorm(sizes.hidden_size, sizes.norm_epsilon)
+        self.layers = nn.ModuleList(ResidualLayer(letter, sizes) for letter in sizes.layer_pattern)
+        self.final_norm = Norm(sizes.hidden_size, sizes)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         for layer in self.layers:
-            (inner,) = layer.values()
-            x_BSD = x_BSD + inner(x_BSD)  # each layer begins with its own norm
+            x_BSD = layer(x_BSD)
         return self.final_norm(x_BSD)
-
-
-def _residual_layer(letter: str, sizes: ReferenceSizes) -> nn.ModuleDict:
-    name, build = _LAYERS[letter]
-    return nn.ModuleDict({name: build(sizes)})

@@ -39,7 +39,7 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         self.sizes = sizes
         inner, conv, kernel = sizes.mamba_inner_size, sizes.mamba_conv_size, sizes.mamba_conv_kernel
-        self.in_proj = NormedLinear(sizes.hidden_size, sizes.mamba_projection_size, sizes.norm_epsilon)
+        self.in_proj = NormedLinear(sizes.mamba_projection_size, sizes)
         self.conv1d = nn.Conv1d(conv, conv, kernel, groups=conv, padding=kernel - 1)
         self.dt_bias = nn.Parameter(torch.full((sizes.mamba_num_heads,), -4.0))  # softplus(-4) = 0.018
         self.A_log = nn.Parameter(torch.linspace(1, 16, sizes.mamba_num_heads).log())

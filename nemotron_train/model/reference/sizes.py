@@ -18,7 +18,17 @@ class ReferenceSizes:
     mamba_conv_kernel: int = 4
     vocab_size: int
     tied_embeddings: bool = False
+    norm: str = "rms"  # or layer
     norm_epsilon: float = 1e-5
+    linear_bias: bool = False
+    position_embedding: str = "none"  # or learned, or rope
+    max_position_embeddings: int | None = None  # learned
+    rope_base: float | None = None  # rope
+    qkv_norm: str = "none"  # or qk, or qkv
+    output_norm: bool = False
+    attention_logit_scale: float = 1.0
+    attention_logit_cap: float | None = None
+    layer_scale: float | None = None
 
     @property
     def mamba_inner_size(self) -> int:
