@@ -81,7 +81,7 @@ def norm_and_residual_ms(bench: Bench) -> float:
     parts = choose_layer_parts(plan, bench.platform)
     operations = best_operations(bench.platform.device, weight_dtype(bench.config))
     config = build_transformer_config(plan, operations, parts)
-    norm = parts.norm(config, config.hidden_size)
+    norm = parts.norm(config, config.hidden_size, config.layernorm_epsilon)
     x_SBD, gradient_SBD = residual(bench), residual(bench).detach()
 
     def forward_backward() -> None:
