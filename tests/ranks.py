@@ -24,8 +24,8 @@ CAN_FORK = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
 
 def _serve(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    parent = os.getppid()
-    while os.getppid() == parent:  # a pytest that was killed leaves no workers behind
+    pytest_process = multiprocessing.parent_process()
+    while pytest_process is not None and pytest_process.is_alive():  # one that was killed leaves no workers behind
         try:
             job = jobs.get(timeout=5)
         except queue.Empty:
