@@ -11,4 +11,6 @@ say "ruff"
 say "mypy"
 "$python" -m mypy
 say "pytest"
+# All of it in two processes, a file in one of them; what is asked for in one, where output and order are those of pytest.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile
 "$python" -m pytest "$@"

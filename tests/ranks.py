@@ -10,17 +10,22 @@ import multiprocessing
 import os
 import queue
 import socket
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 JOB_SECONDS = 240
+# Forks of a process that has imported torch and Megatron-Core once, which takes seconds; fresh processes where imports
+# may have touched a GPU, because CUDA does not survive a fork.
+CAN_FORK = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
 
 
 def _serve(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    parent = os.getppid()
-    while os.getppid() == parent:  # a pytest that was killed leaves no workers behind
+    pytest_process = multiprocessing.parent_process()
+    while pytest_process is not None and pytest_process.is_alive():  # one that was killed leaves no workers behind
         try:
             job = jobs.get(timeout=5)
         except queue.Empty:
@@ -44,7 +49,9 @@ def _serve(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
 
 class RankPool:
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+        if CAN_FORK:
+            self._context.set_forkserver_preload(["tests.small_runs", "tests.engine.live"])
         self._workers: list[tuple[Any, Any]] = []
         self._results: Any = None
 

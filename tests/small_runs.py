@@ -2,6 +2,8 @@
 trainer."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from nemotron_train.config.schema import (
 )
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
+from nemotron_train.errors import NemotronTrainError
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.ranks import launched_rank
@@ -111,16 +114,30 @@ def train(config: RunConfig, stop_after: int | None = None) -> list[dict[str, An
     Args:
         stop_after: ask for a stop, as a signal would, when so many steps are taken.
     """
+    with _trainer(config) as trainer:
+        trainer.stop_after = stop_after
+        trainer.train()
+    return read_metrics(Path(config.run.dir)) if launched_rank().rank == 0 else []
+
+
+def refusal(config: RunConfig) -> str:
+    """What training says that refuses to begin; "trained" if it does not. A job that raises would end the pool."""
+    with _trainer(config) as trainer:
+        try:
+            trainer.train()
+        except NemotronTrainError as error:
+            return str(error)
+    return "trained"
+
+
+@contextmanager
+def _trainer(config: RunConfig) -> Iterator["_StoppedTrainer"]:
     me = launched_rank()
     plan = plan_run(config, me.world_size)
     data = open_run_data(config)
-    stop = StopRequest()
     with process_groups(plan.layout, choose_platform(me), me, timeout_seconds=60, seed=config.run.seed) as groups:
         run = build_runtime(plan, choose_platform(me), groups)
-        trainer = _StoppedTrainer(run, data, stop, is_reporter=me.rank == 0)
-        trainer.stop_after = stop_after
-        trainer.train()
-    return read_metrics(Path(config.run.dir)) if me.rank == 0 else []
+        yield _StoppedTrainer(run, data, StopRequest(), is_reporter=me.rank == 0)
 
 
 class _StoppedTrainer(Trainer):

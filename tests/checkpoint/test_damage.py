@@ -201,7 +201,8 @@ def save_and_damage_all(config: RunConfig) -> None:
     for step, name in ((1, ".metadata"), (2, COMMIT_FILE)):
         path = step_folder(Path(config.run.dir) / "checkpoints", step) / name
         content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
+        last_digit = max(place for place, byte in enumerate(content) if byte in b"0123456789")
+        content[last_digit] ^= 1  # another digit: a commit stays JSON, and only its hash can tell
         path.write_bytes(content)
 
 

@@ -32,8 +32,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp4": (4, {"context_parallel_size": 4}),
 }
 
-# Not 2: four ranks on few cores spend their time on exchanges, of which larger micro-batches need fewer.
-MICRO_BATCH = {"cp2_tp2_sp": 8, "cp2_pp2": 4, "cp2_dp2": 4, "cp4": 8}
+# Not 2: ranks on few cores spend their time on exchanges, of which larger micro-batches need fewer.
+MICRO_BATCH = {"tp2_sp": 4, "tp2": 4, "tp2_pp2": 4, "cp2_tp2_sp": 8, "cp2_pp2": 4, "cp2_dp2": 4, "cp4": 8}
 WITH_MICRO_BATCH_1 = ("tp2_sp", "pp2", "dp2", "pp2_vpp2", "tp2_pp2", "tp2_dp2", "pp4")
 
 Curve = tuple[list[float], list[float]]
@@ -96,7 +96,7 @@ def test_bf16_follows_the_one_rank_run(runs: Runs, name: str) -> None:
     """Fails if a bf16 layout goes another way than rounding explains: 2 % of the loss at any of 20 steps."""
     world_size, layout = LAYOUTS[name]
     bf16 = (("precision", "format", PrecisionFormat.bf16),)
-    losses, _ = runs.curve(world_size, tuple(layout.items()), 2, bf16)
+    losses, _ = runs.curve(world_size, tuple(layout.items()), MICRO_BATCH.get(name, 2), bf16)
     alone, _ = runs.curve(1, (), 2, bf16)
     in_fp32, _ = runs.curve(1, (), 2)
     assert losses == pytest.approx(alone, rel=2e-2)
@@ -116,8 +116,8 @@ def test_bf16_follows_the_one_rank_run(runs: Runs, name: str) -> None:
 def test_recomputing_activations_changes_nothing(runs: Runs, name: str, recompute: Recompute) -> None:
     """Fails if a recomputed forward pass differs from the first one, or loses a gradient."""
     world_size, layout = LAYOUTS.get(name, (1, {}))
-    kept = runs.curve(world_size, tuple(layout.items()), 2)
-    assert runs.curve(world_size, tuple(layout.items()), 2, (("train", "recompute", recompute),)) == kept
+    run = world_size, tuple(layout.items()), MICRO_BATCH.get(name, 2)
+    assert runs.curve(*run, (("train", "recompute", recompute),)) == runs.curve(*run)
 
 
 def test_a_tied_head_is_one_weight_on_two_pipeline_stages(runs: Runs) -> None:
@@ -164,7 +164,7 @@ def test_transformers_do_not_depend_on_the_layout(
 ) -> None:
     """Fails if a bias, a position or a norm drifts apart between ranks, or its gradient is lost, in 20 steps."""
     world_size, layout = LAYOUTS[name]
-    losses, norms = runs.curve(world_size, tuple(layout.items()), 2, model)
+    losses, norms = runs.curve(world_size, tuple(layout.items()), MICRO_BATCH.get(name, 2), model)
     alone_losses, alone_norms = runs.curve(1, (), 2, model)
     assert losses == pytest.approx(alone_losses, rel=1e-5)
     assert norms == pytest.approx(alone_norms, rel=1e-4)
@@ -175,7 +175,7 @@ def test_transformers_do_not_depend_on_the_layout(
 def test_transformers_in_bf16_follow_those_in_fp32(runs: Runs, model: tuple[tuple[str, str, Any], ...]) -> None:
     """Fails if a part computes in bf16 what must not be, or keeps its weights in float32: 2 % of the loss."""
     bf16 = (*model, ("precision", "format", PrecisionFormat.bf16))
-    losses, _ = runs.curve(2, tuple(TP2.items()), 2, bf16)
+    losses, _ = runs.curve(2, tuple(TP2.items()), MICRO_BATCH["tp2_sp"], bf16)
     in_fp32, _ = runs.curve(1, (), 2, model)
     assert losses == pytest.approx(in_fp32, rel=2e-2)
     assert losses != in_fp32
