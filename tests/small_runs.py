@@ -29,6 +29,7 @@ from nemotron_train.config.schema import (
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
 from nemotron_train.plan.run_plan import plan_run
+from nemotron_train.platform.determinism import set_determinism
 from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.ranks import launched_rank
 from nemotron_train.platform.signals import StopRequest
@@ -115,6 +116,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> list[dict[str, An
     plan = plan_run(config, me.world_size)
     data = open_run_data(config)
     stop = StopRequest()
+    set_determinism(config.train.deterministic)
     with process_groups(plan.layout, choose_platform(me), me, timeout_seconds=60, seed=config.run.seed) as groups:
         run = build_runtime(plan, choose_platform(me), groups)
         trainer = _StoppedTrainer(run, data, stop, is_reporter=me.rank == 0)

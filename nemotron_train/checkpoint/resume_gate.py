@@ -129,6 +129,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "train.eval_every_steps": _SHOWN,
     "train.eval_tokens": _SHOWN,
     "train.recompute": (Effect.none, "memory and speed"),
+    "train.deterministic": (Effect.none, "in which order numbers are added, within what rounding allows"),
     "train.max_skipped_steps": _STOP,
     "checkpoint.every_steps": _SAVED,
     "checkpoint.resume": _SAVED,

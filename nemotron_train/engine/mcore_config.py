@@ -92,6 +92,7 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         gradient_accumulation_fusion=parts.fuses_weight_gradients,
         # The loss comes divided by the real tokens of the global batch (see forward.py): nothing else may divide.
         calculate_per_token_loss=True,
+        deterministic_mode=config.train.deterministic,  # of the embedding's gradient
         finalize_model_grads_func=_finish_gradients,
     )
 

@@ -92,6 +92,7 @@ READ_BY_WHAT_RUNS = {
     "train.eval_every_steps": "trainer: evaluation",
     "train.eval_tokens": "evaluation",
     "train.recompute": "engine, model: activations",
+    "train.deterministic": "platform, engine: which kernels run on a GPU",
     "train.max_skipped_steps": "trainer: non-finite gradients",
     "checkpoint.every_steps": "trainer: saving",
     "checkpoint.resume": "checkpoint: where a run goes on",
