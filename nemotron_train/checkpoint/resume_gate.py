@@ -88,6 +88,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "precision.bf16_first_layers": _PRECISION,
     "precision.bf16_last_layers": _PRECISION,
     "precision.fp8_scales": _PRECISION,
+    "precision.primary_weights": _PRECISION,
     "data.path": (Effect.none, "where the shards lie; the hash of the plan compares what was read of them"),
     "data.tokenizer": (Effect.later, "what the tokens mean"),
     "data.sources": (Effect.none, "which sources there are; the hash of the plan compares what was read of them"),

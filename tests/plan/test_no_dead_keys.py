@@ -67,6 +67,7 @@ READ_BY_WHAT_RUNS = {
     "model.attention_logit_cap": "engine: attention",
     "model.initialization": "model: initial values",
     "model.init_std": "model: initial values",
+    "precision.primary_weights": "engine: what layers hold their weights in; plan: memory and traffic",
     "precision.fp8_scales": "precision: scales of FP8 tensors",
     "optim.gradients": "engine: gradient buffers and their reduction",
     "optim.moments": "engine: state of AdamW",
