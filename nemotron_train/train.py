@@ -16,6 +16,7 @@ from nemotron_train.engine.groups import process_groups
 from nemotron_train.errors import EXIT_FAILED, EXIT_REQUEUE, ConfigError
 from nemotron_train.plan.describe import describe
 from nemotron_train.plan.run_plan import plan_run
+from nemotron_train.platform.determinism import set_determinism
 from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.failure import report_failure
 from nemotron_train.platform.ranks import LaunchedRank, launched_rank
@@ -56,6 +57,7 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
     lock = lock_writable(Path(config.run.dir)) if me.rank == 0 else nullcontext()
     platform = choose_platform(me)
     check_support(config, platform)
+    set_determinism(config.train.deterministic)
     stop = StopRequest()
     with (
         lock,

@@ -32,6 +32,7 @@ from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
 from nemotron_train.errors import NemotronTrainError
 from nemotron_train.plan.run_plan import plan_run
+from nemotron_train.platform.determinism import set_determinism
 from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.ranks import launched_rank
 from nemotron_train.platform.signals import StopRequest
@@ -135,6 +136,7 @@ def _trainer(config: RunConfig) -> Iterator["_StoppedTrainer"]:
     me = launched_rank()
     plan = plan_run(config, me.world_size)
     data = open_run_data(config)
+    set_determinism(config.train.deterministic)
     with process_groups(plan.layout, choose_platform(me), me, timeout_seconds=60, seed=config.run.seed) as groups:
         run = build_runtime(plan, choose_platform(me), groups)
         yield _StoppedTrainer(run, data, StopRequest(), is_reporter=me.rank == 0)

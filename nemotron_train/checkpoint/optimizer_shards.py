@@ -8,6 +8,7 @@ is the same; loading is Megatron-Core's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -35,38 +36,40 @@ def _own_state(part: Any, model_state: dict[str, Any], is_loading: bool = False,
         return type(part).sharded_param_state_fully_reshardable(part, model_state, is_loading, metadata)
     stored_as = {stored.data: stored for stored in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
     state: dict[int, dict[str, ShardedTensor]] = {}
-    for bucket in _buckets(part):
+    for bucket in buckets_of(part):
         for parameter, ranges in bucket["param_map"].items():
             held = part._get_main_param_and_optimizer_states(parameter)
             start, stop = ranges["param"].start, ranges["param"].end
             state[len(state)] = {
                 f"{name}.{number}": shard
                 for name in _STATES
-                for number, shard in enumerate(shards_of_range(stored_as[parameter], name, held[name], start, stop))
+                for number, shard in enumerate(
+                    shards_of_range(stored_as[parameter], f"optimizer.state.{name}.", held[name].float(), start, stop)
+                )
             }
     return state
 
 
-def _buckets(part: Any) -> Iterator[Mapping[str, Any]]:
+def buckets_of(part: Any) -> Iterator[Mapping[str, Any]]:
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():
             yield from buckets
 
 
 def shards_of_range(
-    stored: ShardedTensor | ShardedTensorFactory, name: str, held: torch.Tensor, start: int, stop: int
+    stored: ShardedTensor | ShardedTensorFactory, prefix: str, held: torch.Tensor, start: int, stop: int
 ) -> Iterator[ShardedTensor]:
-    """Yield a range of elements of a parameter's state as boxes of what the parameter is stored as.
+    """Yield a range of elements of a parameter, or of its state, as boxes of what the parameter is stored as.
 
     Args:
         stored: the parameter, or the packed parameter, on this tensor-parallel rank.
-        name: of the state.
-        held: elements `start` to `stop` of it, in row-major order.
+        prefix: of the keys, before those of the parameter.
+        held: elements `start` to `stop`, in row-major order, in the dtype to store.
     """
-    flat = held.detach().float().view(-1)
-    assert flat.numel() == stop - start, (name, flat.numel(), start, stop)
+    flat = held.detach().view(-1)
+    assert flat.numel() == stop - start, (prefix, flat.numel(), start, stop)
     first = 0  # of the stored part's elements, within the parameter
-    for part in [stored] if isinstance(stored, ShardedTensor) else stored.build():
+    for part in [stored] if isinstance(stored, ShardedTensor) else _parts_without_data(stored):
         assert part.prepend_axis_num == 0, part.key
         elements = prod(part.local_shape)
         inside = max(start, first), min(stop, first + elements)
@@ -74,7 +77,7 @@ def shards_of_range(
             place = inside[0] - start
             for offset, size in boxes_of_range(inside[0] - first, inside[1] - first, part.local_shape):
                 yield ShardedTensor(
-                    key=f"optimizer.state.{name}.{part.key}",
+                    key=f"{prefix}{part.key}",
                     data=flat[place : place + prod(size)].view(size),
                     dtype=flat.dtype,
                     local_shape=size,
@@ -85,6 +88,12 @@ def shards_of_range(
                 )
                 place += prod(size)
         first += elements
+
+
+def _parts_without_data(stored: ShardedTensorFactory) -> list[ShardedTensor]:
+    """Build only where the parts lie: to cut a weight that lives in FP8 would dequantise it."""
+    places = torch.empty(stored.data.shape, dtype=stored.data.dtype, device="meta")
+    return replace(stored, data=places).build()
 
 
 def boxes_of_range(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:

@@ -20,6 +20,7 @@ from nemotron_train.checkpoint.commit import (
     read_commit,
     start_folder,
 )
+from nemotron_train.checkpoint.fp8_weights import loaded_as_plain, stored_from_masters, take_as_masters
 from nemotron_train.checkpoint.optimizer_shards import write_own_shards
 from nemotron_train.checkpoint.resume import checkpoints_folder
 from nemotron_train.checkpoint.resume_gate import model_facts
@@ -177,6 +178,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     common, table = on_all_ranks(lambda: _read_small_files(folder, commit))
     only_weights = holds_only_weights(commit)
     state = sharded_weights(run) if only_weights else sharded_state(run, is_loading=True)
+    state = {key: loaded_as_plain(part) if key.startswith("model") else part for key, part in state.items()}
     if not any(_FP8_STATE in key for key in table.state_dict_metadata):
         state = {key: _without_fp8_state(part) if key.startswith("model") else part for key, part in state.items()}
     try:
@@ -188,6 +190,8 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
         chunk.module.load_state_dict(loaded[f"model{index}"])
     if only_weights:
         run.optimizer.reload_model_params()
+        for index, chunk in enumerate(run.chunks):
+            take_as_masters(run.optimizer, chunk.module, loaded[f"model{index}"])
     else:
         run.optimizer.load_state_dict(loaded["optimizer"])
     return commit
@@ -226,6 +230,9 @@ def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:
         state["optimizer"] = run.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     finally:
         gc.unfreeze()
+    if not is_loading:
+        for index in range(len(run.chunks)):
+            state[f"model{index}"] = stored_from_masters(state[f"model{index}"], run.optimizer)
     return state
 
 

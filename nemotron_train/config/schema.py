@@ -70,6 +70,13 @@ class Fp8Scales(str, Enum):
     power_of_two = "power_of_two"  # rounded down to one: scaling is exact, up to one bit of the range is unused
 
 
+class PrimaryWeights(str, Enum):
+    """What ranks hold the weights of FP8 layers in. Master weights are in float32, split over ranks, either way."""
+
+    bf16 = "bf16"  # and FP8 copies of them, made anew in every step
+    fp8 = "fp8"  # only: the optimizer's update writes them, and they are gathered in half the bytes
+
+
 class StateFormat(str, Enum):
     """What a number of the optimizer is stored in."""
 
@@ -175,6 +182,7 @@ class PrecisionSection:
     bf16_first_layers: int = 0  # FP8 only: layers of the pattern, from the input on, whose products stay in bf16
     bf16_last_layers: int = 0  # the same, before the output
     fp8_scales: Fp8Scales | None = None  # not asked: power_of_two for fp8_block, fp32 for the others, as in TE
+    primary_weights: PrimaryWeights = PrimaryWeights.bf16  # fp8: only fp8_block and fp8_current, on GPUs
 
 
 @dataclass(frozen=True)
@@ -257,6 +265,7 @@ class TrainSection:
     eval_every_steps: int = 0  # 0 = never; the end of a run with held-out shards is always evaluated
     eval_tokens: int = 1_000_000  # of each source's held-out shards (less where they hold less)
     recompute: Recompute = Recompute.none
+    deterministic: bool = False  # the same run gives the same bits every time on GPUs too, stopped and resumed or not
     max_skipped_steps: int = 10  # stop when more steps than this in a row were skipped for non-finite gradients
 
 

@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemotron_train.config.schema import PrecisionFormat
+from nemotron_train.config.schema import PrecisionFormat, PrimaryWeights
 from nemotron_train.engine import plain_layers
 from nemotron_train.engine.emulated_layers import emulated
 from nemotron_train.engine.gathered_attention import GatheredAttention
@@ -83,6 +83,8 @@ def transformer_engine_parts(plan: RunPlan) -> LayerParts:
     precision = LayerPrecision()
     if recipe is not None:
         precision = _precision(plan, recipe, partial(te_layers.enter_fp8, recipe))
+    if recipe is not None and plan.config.precision.primary_weights is PrimaryWeights.fp8:
+        precision = replace(precision, fp8_weights=partial(te_layers.fp8_weights, recipe))
     has_cap = plan.config.model.attention_logit_cap is not None  # Transformer Engine's attention knows none
     return LayerParts(
         name="Transformer Engine" + (", attention in plain torch" if has_cap else ""),

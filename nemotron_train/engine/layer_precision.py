@@ -10,6 +10,10 @@ def _nothing(group: Any) -> AbstractContextManager:
     return nullcontext()
 
 
+def _as_asked() -> AbstractContextManager:
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class LayerPrecision:
     """Where FP8 begins and ends.
@@ -21,6 +25,7 @@ class LayerPrecision:
     fp8_layers: range = range(0)
     whole_stack: bool = False
     enter_fp8: Callable[[Any], AbstractContextManager] = _nothing  # takes the group over which maxima are reduced
+    fp8_weights: Callable[[], AbstractContextManager] = _as_asked  # linear layers built inside hold only FP8 weights
 
     def stack(self, group: Any) -> AbstractContextManager:
         """Enter around all layers of a chunk."""
@@ -30,3 +35,7 @@ class LayerPrecision:
         """Enter around one layer, and again around its recomputation."""
         inside = number in self.fp8_layers and not self.whole_stack
         return self.enter_fp8(group) if inside else nullcontext()
+
+    def build(self, number: int) -> AbstractContextManager:
+        """Enter while one layer is built."""
+        return self.fp8_weights() if number in self.fp8_layers else nullcontext()

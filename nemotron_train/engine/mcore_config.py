@@ -10,7 +10,15 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nemotron_train.config.schema import Norm, PrecisionFormat, QkvNorm, Recompute, RunConfig, StateFormat
+from nemotron_train.config.schema import (
+    Norm,
+    PrecisionFormat,
+    PrimaryWeights,
+    QkvNorm,
+    Recompute,
+    RunConfig,
+    StateFormat,
+)
 from nemotron_train.engine.layer_parts import LayerParts
 from nemotron_train.ops.implementations import Operations
 from nemotron_train.plan.run_plan import RunPlan
@@ -35,6 +43,10 @@ def _fp8_names(config: RunConfig) -> dict[str, str]:
         return {}
     names = {Scaling.block: "blockwise", Scaling.current: "tensorwise", Scaling.delayed: "delayed"}
     return {"fp8": "hybrid" if recipe.wide_gradients else "e4m3", "fp8_recipe": names[recipe.scaling]}
+
+
+def _holds_fp8_weights(config: RunConfig) -> bool:
+    return config.precision.primary_weights is PrimaryWeights.fp8
 
 
 def _finish_gradients(chunks: list[nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
@@ -89,9 +101,11 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         recompute_granularity="selective" if config.train.recompute is Recompute.selective else None,
         recompute_modules=["core_attn"],
         **_fp8_names(config),
+        fp8_param=_holds_fp8_weights(config),
         gradient_accumulation_fusion=parts.fuses_weight_gradients,
         # The loss comes divided by the real tokens of the global batch (see forward.py): nothing else may divide.
         calculate_per_token_loss=True,
+        deterministic_mode=config.train.deterministic,  # of the embedding's gradient
         finalize_model_grads_func=_finish_gradients,
     )
 
@@ -103,6 +117,7 @@ def build_ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
         use_distributed_optimizer=True,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        fp8_param_gather=_holds_fp8_weights(config),
         check_for_nan_in_grad=False,  # a non-finite gradient skips the step instead (engine/optimizer.py)
         average_in_collective=False,
     )
@@ -130,4 +145,7 @@ def build_optimizer_config(config: RunConfig) -> OptimizerConfig:
         main_grads_dtype=_state_dtype(optim.gradients),
         exp_avg_dtype=_state_dtype(optim.moments),
         exp_avg_sq_dtype=_state_dtype(optim.moments),
+        # With a name here Megatron-Core keeps whole float32 master weights also beside moments in less: those of FP8
+        # weights cannot be the bits that bfloat16 lacks.
+        fp8_recipe=_fp8_names(config)["fp8_recipe"] if _holds_fp8_weights(config) else None,
     )

@@ -5,7 +5,7 @@ is there.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +69,14 @@ def enter_fp8(recipe: Fp8Recipe, group: Any) -> Iterator[None]:
             torch._foreach_zero_(maxima)
 
 
+def fp8_weights(recipe: Fp8Recipe) -> AbstractContextManager:
+    """Let the linear layers that are built inside hold their weights in FP8 and in nothing else.
+
+    Each keeps its first values, in bfloat16 and on the host, until the optimizer has made its master weights of them.
+    """
+    return te.quantized_model_init(enabled=True, recipe=te_recipe(recipe), preserve_high_precision_init_val=True)
+
+
 def checkpoint(run: Any, x: Tensor, group: Any) -> Tensor:
     """Run without keeping activations; they are computed again in the backward pass, with the same FP8 state."""
     return te_checkpoint(run, False, get_cuda_rng_tracker, group, x)
@@ -97,5 +105,6 @@ __all__ = [
     "TERowParallelLinear",
     "checkpoint",
     "enter_fp8",
+    "fp8_weights",
     "output_linear",
 ]

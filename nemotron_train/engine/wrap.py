@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,6 +49,8 @@ def weights_complete(chunks: Sequence[ModelChunk]) -> Iterator[None]:
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)
+        # Megatron-Core (0.16) makes an FP8 weight's copy by columns only after gathers that are not forced.
+        post_all_gather_processing([parameter for parameter in chunk.parameters() if is_float8tensor(parameter)])
     yield
     for chunk in overlapped:
         chunk.enable_forward_pre_hook()

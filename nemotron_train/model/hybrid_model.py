@@ -76,13 +76,11 @@ class HybridStack(MegatronModule):
         super().__init__(config)
         self.recompute_layers = run.train.recompute is Recompute.full
         self.groups, self.parts = groups, parts
-        numbered = enumerate(place.kinds, start=place.first_layer)
-        self.layers = NumberedLayers(
-            {
-                number: build_layer(kind, number, config, run.model, parts, operations, groups)
-                for number, kind in numbered
-            }
-        )
+        layers = {}
+        for number, kind in enumerate(place.kinds, start=place.first_layer):
+            with parts.precision.build(number):
+                layers[number] = build_layer(kind, number, config, run.model, parts, operations, groups)
+        self.layers = NumberedLayers(layers)
         self.final_norm = None
         if place.is_last:
             self.final_norm = parts.norm(config, config.hidden_size, config.layernorm_epsilon)

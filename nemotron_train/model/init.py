@@ -35,7 +35,11 @@ def initialize_weights(
             if rule.split_dim is not None:
                 shape[rule.split_dim] *= tp_size
             whole = _draw(rule.start, shape, model, num_layers, generator)
-            parameter.copy_(take_shard(whole, rule, model, tp_rank, tp_size))
+            value = take_shard(whole, rule, model, tp_rank, tp_size).to(parameter.dtype)
+            parameter.copy_(value)  # a weight that lives in FP8 quantises it, from bfloat16 as in every later step
+            if hasattr(parameter, "_high_precision_init_val"):
+                # Of such a weight the optimizer makes its master weights from this, and drops it.
+                parameter._high_precision_init_val = value.cpu()
             # The gradient norm counts a parameter on every tensor-parallel rank if it is marked as split, else on the
             # first. Transformer Engine has marked its own already, which Megatron-Core's setter does not take.
             parameter.tensor_model_parallel = rule.split_dim is not None

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from nemotron_train.config.schema import LrSchedule, PrecisionFormat
+from nemotron_train.config.schema import LrSchedule, PrecisionFormat, PrimaryWeights
 from nemotron_train.plan.architecture_rules import beyond_nemotron_h
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.precision_map import FP8_BLOCK
@@ -127,7 +127,9 @@ def _precision_rows(plan: RunPlan) -> list[tuple[str, str]]:
     tp_size, tokens = plan.layout.tensor, train.seq_length // plan.layout.context * train.micro_batch_size
     kinds = Counter((gemm.name.split(".", 3)[-1], gemm.on_rank(tp_size), gemm.reason) for gemm in plan.gemms)
     in_fp8 = sum(gemm.in_fp8 for gemm in plan.gemms)
-    rows = [("products", f"{in_fp8} of {len(plan.gemms)} linear layers in {precision.format.value}, on a rank:")]
+    primary = ", whose weights ranks hold in FP8 only" if precision.primary_weights is PrimaryWeights.fp8 else ""
+    what = f"{in_fp8} of {len(plan.gemms)} linear layers in {precision.format.value}{primary}"
+    rows = [("products", f"{what}, on a rank:")]
     for (name, (inputs, outputs), reason), count in kinds.items():
         kept = f"bf16: {reason}" if reason else precision.format.value
         rows.append(("", f"{count} x {name}: {tokens:,} tokens x {inputs:,} x {outputs:,}, {kept}"))

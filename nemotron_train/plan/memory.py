@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from nemotron_train.config.schema import ModelSection, PrecisionFormat, StateFormat
+from nemotron_train.config.schema import ModelSection, PrecisionFormat, PrimaryWeights, StateFormat
 from nemotron_train.plan.activations import head_activations, layer_activations, weight_bytes
 from nemotron_train.plan.measured import OUTSIDE_TORCH_GIB
 from nemotron_train.plan.pattern import LayerKind
@@ -102,20 +102,36 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
     low = StateFormat.bf16 in (config.optim.gradients, config.optim.moments)
     fp32 = config.precision.format is PrecisionFormat.fp32
     shapes = {(weight.inputs, weight.outputs) for weight in gemms}
+    fp8_primary = config.precision.primary_weights is PrimaryWeights.fp8
+    masters = 2 if low and not fp8_primary else 4
+    step = 8 if config.optim.moments is StateFormat.bf16 else 0  # both moments in float32, where stored in less
+    if fp8_primary and config.optim.gradients is StateFormat.bf16:
+        step += 4  # and the gradients, which the other AdamW takes as they are
     moments = 2 * (2 if config.optim.moments is StateFormat.bf16 else 4)
     return RankMemory(
-        weights=parameters * dense,
+        weights=rank_weight_bytes(plan, rank),
         gradients=parameters * (2 if config.optim.gradients is StateFormat.bf16 else 4),
-        # Float32 weights are their own masters; AdamW for low-precision states keeps only the 16 bits that bf16 lacks.
-        master_weights=0 if fp32 else parameters * (2 if low else 4) // shards,
+        # Float32 weights are their own masters; AdamW for low-precision states keeps only the 16 bits that bf16 lacks,
+        # unless the weights are FP8.
+        master_weights=0 if fp32 else parameters * masters // shards,
         moments=parameters * moments // shards,
-        fp8_weights=FP8_COPIES_BYTES * sum(weight.inputs * weight.outputs for weight in gemms if weight.in_fp8),
+        # FP8 weights are themselves the copy by rows.
+        fp8_weights=_quantised(gemms) * (FP8_COPIES_BYTES - fp8_primary),
         gradient_stand_ins=0 if fp32 else dense * sum(inputs * outputs for inputs, outputs in shapes),
         activations=_activations(plan, rank, seq_length, micro_batches),
         working=_working(plan, rank, seq_length),
-        # Its step holds both moments in float32 at once where they are stored in less.
-        optimizer_working=parameters * 8 // shards if config.optim.moments is StateFormat.bf16 else 0,
+        optimizer_working=parameters * step // shards,
     )
+
+
+def rank_weight_bytes(plan: RunPlan, rank: int) -> int:
+    """Return the bytes of a rank's weights, as they are gathered after every update."""
+    precision = plan.config.precision
+    dense = weight_bytes(precision.format)
+    size = rank_parameters(plan, rank) * dense
+    if precision.primary_weights is PrimaryWeights.fp8:
+        size -= (dense - 1) * _quantised(_gemms_of(plan, rank, plan.gemms))
+    return size
 
 
 def rank_parameters(plan: RunPlan, rank: int) -> int:
@@ -198,3 +214,8 @@ def _gemms_of(plan: RunPlan, rank: int, gemms: Sequence[Gemm]) -> list[_Weight]:
         here.add("output_layer")
     tp_size = plan.layout.tensor
     return [_Weight(*gemm.on_rank(tp_size), gemm.in_fp8) for gemm in gemms if gemm.name.rsplit(".", 2)[0] in here]
+
+
+def _quantised(gemms: Iterable[_Weight]) -> int:
+    """Count the elements of the weights that are multiplied in FP8."""
+    return sum(weight.inputs * weight.outputs for weight in gemms if weight.in_fp8)

@@ -2,7 +2,14 @@
 
 from collections.abc import Iterator
 
-from nemotron_train.config.schema import Fp8Scales, ModelSection, PrecisionFormat, RunConfig, StateFormat
+from nemotron_train.config.schema import (
+    Fp8Scales,
+    ModelSection,
+    PrecisionFormat,
+    PrimaryWeights,
+    RunConfig,
+    StateFormat,
+)
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.nearest import nearest_multiples, next_multiple
@@ -18,6 +25,7 @@ def fp8_keys_need_fp8(config: RunConfig, world_size: int) -> Iterator[str]:
         ("bf16_first_layers", precision.bf16_first_layers, "0"),
         ("bf16_last_layers", precision.bf16_last_layers, "0"),
         ("fp8_scales", precision.fp8_scales and precision.fp8_scales.value, "null"),
+        ("primary_weights", "fp8" if precision.primary_weights is PrimaryWeights.fp8 else None, "bf16"),
     ):
         if value:
             yield (
@@ -52,6 +60,17 @@ def delayed_scaling_covers_all_layers(config: RunConfig, world_size: int) -> Ite
         yield (
             "precision.fp8_scales=power_of_two is not possible with precision.format=fp8_delayed. "
             "Set it to null, or choose fp8_current or fp8_block."
+        )
+
+
+def delayed_scaling_keeps_bf16_weights(config: RunConfig, world_size: int) -> Iterator[str]:
+    # A weight would be stored with the scale of a time before its update, and the maxima that later scales follow from
+    # would begin with what memory held when it was built.
+    precision = config.precision
+    if precision.format is PrecisionFormat.fp8_delayed and precision.primary_weights is PrimaryWeights.fp8:
+        yield (
+            "precision.primary_weights=fp8 is not possible with precision.format=fp8_delayed. "
+            "Set it to bf16, or choose fp8_current or fp8_block."
         )
 
 
@@ -145,6 +164,7 @@ PRECISION_RULES = (
     fp8_keys_need_fp8,
     some_layers_run_in_fp8,
     delayed_scaling_covers_all_layers,
+    delayed_scaling_keeps_bf16_weights,
     fp8_products_are_aligned,
     fp8_products_are_aligned_where_sequences_are_split,
     bf16_state_needs_bf16_weights,

@@ -14,7 +14,7 @@ from nemotron_train.plan.batching import BatchSegment
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layer_times import FORWARD_FRACTION, stage_costs
 from nemotron_train.plan.measured import H200, OPTIMIZER_BYTES_PER_PARAMETER
-from nemotron_train.plan.memory import rank_parameters
+from nemotron_train.plan.memory import rank_parameters, rank_weight_bytes
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.pipeline_cut import StageCosts, chunk_costs
 from nemotron_train.plan.run_plan import RunPlan
@@ -134,7 +134,8 @@ def _exposed_data_traffic(plan: RunPlan, parameters: int, micro_batch_seconds: f
     """Overlapped gradients hide behind the last backward pass, overlapped weights behind the first forward pass."""
     config, layout = plan.config, plan.layout
     gradients = gradient_seconds(config, layout, parameters, gpu)
-    weights = weight_seconds(config, layout, parameters, gpu)
+    gathered = max(rank_weight_bytes(plan, rank) for rank in range(layout.pipeline))
+    weights = weight_seconds(layout, gathered, gpu)
     if config.parallel.overlap_grad_reduce:
         gradients = max(gradients - (1 - FORWARD_FRACTION) * micro_batch_seconds, 0.0)
     if config.parallel.overlap_param_gather:

@@ -60,9 +60,9 @@ def gradient_seconds(config: RunConfig, layout: Layout, parameters: int, gpu: Gp
     return _data_parallel(parameters * (2 if config.optim.gradients is StateFormat.bf16 else 4), layout, gpu)
 
 
-def weight_seconds(config: RunConfig, layout: Layout, parameters: int, gpu: Gpu) -> float:
-    """Return gathering a rank's weights from the shards that the optimizer updated."""
-    return _data_parallel(parameters * weight_bytes(config.precision.format), layout, gpu)
+def weight_seconds(layout: Layout, size: int, gpu: Gpu) -> float:
+    """Return gathering a rank's weights, of `size` bytes, from the shards that the optimizer updated."""
+    return _data_parallel(size, layout, gpu)
 
 
 def _data_parallel(size: int, layout: Layout, gpu: Gpu) -> float:

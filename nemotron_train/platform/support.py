@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from nemotron_train.config.schema import DocumentBoundary, PrecisionFormat, RunConfig, StateFormat
+from nemotron_train.config.schema import DocumentBoundary, PrecisionFormat, PrimaryWeights, RunConfig, StateFormat
 from nemotron_train.errors import ConfigError
 from nemotron_train.platform.device import Platform
 
@@ -14,6 +14,11 @@ def check_support(config: RunConfig, platform: Platform) -> None:
     if wanted.is_fp8 and platform.is_cuda and not has_transformer_engine:  # a CPU emulates FP8; a GPU would be wasted
         raise ConfigError(
             f"precision.format={wanted.value} needs {_what_is_missing(platform)}. Set precision.format=bf16 or fp32."
+        )
+    if config.precision.primary_weights is PrimaryWeights.fp8 and not has_transformer_engine:
+        raise ConfigError(
+            f"precision.primary_weights=fp8 with precision.format={wanted.value} needs {_what_is_missing(platform)}. "
+            "Set precision.primary_weights=bf16: the emulation quantises bf16 weights."
         )
     if wanted is PrecisionFormat.fp32:
         return

@@ -50,6 +50,8 @@ def test_the_source_of_a_value_is_the_line_that_sets_it() -> None:
         ("model.num_query_groups", "with 4", "parameters"),
         ("optim.weight_decay", "with 0.2", "it acts while the run trains"),
         ("train.micro_batch_size", "with 2", "micro_batches 4 -> 2"),
+        ("precision.primary_weights", "with fp8", "memory_gib_per_gpu"),
+        ("train.deterministic", "with true", "it acts while the run trains"),
         ("lr.decay_tokens", "with 7,200,000,000,000", "learning rate"),
     ],
 )

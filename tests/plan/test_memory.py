@@ -141,3 +141,20 @@ def test_fp8_saves_activations_and_costs_copies_of_the_weights() -> None:
     mamba, attention, mlp = 5120 * (22656 + 10240), 5120 * (7168 + 5120), 2 * 5120 * 20480
     # Mamba and MLP at the start, attention and MLP at the end; two copies of each weight.
     assert every.fp8_weights - some.fp8_weights == 2 * (mamba + mlp + attention + mlp)
+
+
+def test_fp8_primary_weights_replace_the_bf16_ones() -> None:
+    """Fails if the copy by columns is forgotten, layers that stay in bf16 lose theirs, or AdamW is still taken to keep
+    only what bf16 weights lack."""
+    primary = "precision.primary_weights=fp8"
+    (before,), (after,) = memory(*TP2_LOW_STATE, world_size=2), memory(*TP2_LOW_STATE, primary, world_size=2)
+    quantised = before.fp8_weights // 2
+    assert quantised > 0
+    assert before.weights - after.weights == quantised  # one byte less of each
+    assert after.fp8_weights == quantised
+    parameters = before.weights // 2
+    assert after.master_weights == 2 * before.master_weights == 4 * parameters
+    assert after.optimizer_working - before.optimizer_working == 4 * parameters  # gradients in float32
+    (plain,), (lean,) = memory(world_size=4), memory(primary, world_size=4)
+    assert lean.master_weights == plain.master_weights
+    assert plain.held - lean.held == plain.fp8_weights  # of four bytes two stay: by rows and by columns

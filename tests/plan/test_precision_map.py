@@ -28,3 +28,10 @@ def test_the_banner_warns_of_tokens_that_do_not_fill_a_block() -> None:
     """Fails if the slow shape is not named."""
     slow = (*NANO_12B[:1], "train.seq_length=8240", "train.micro_batch_size=1", "precision=fp8_block")
     assert "8,240 tokens are not a multiple of the 128" in describe(plan_of(*slow))
+
+
+def test_the_banner_says_what_weights_are_held_in() -> None:
+    """Fails if a run does not tell that its layers have no bf16 weights, or one tells it that has them."""
+    told = "116 of 125 linear layers in fp8_block, whose weights ranks hold in FP8 only, on a rank:"
+    assert told in describe(plan_of(*NANO_12B, "precision=fp8_block", "precision.primary_weights=fp8"))
+    assert "in FP8 only" not in describe(plan_of(*NANO_12B, "precision=fp8_block"))

@@ -90,6 +90,18 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         ["precision.bf16_first_layers=5", "precision.bf16_last_layers=6", "10 layers"],
     ),
     (
+        "fp8_keys_need_fp8",
+        ["precision.format=bf16", "precision.primary_weights=fp8"],
+        1,
+        ["precision.primary_weights=fp8", "precision.format=bf16", "bf16"],
+    ),
+    (
+        "delayed_scaling_keeps_bf16_weights",
+        [*FP8, "precision.format=fp8_delayed", "precision.primary_weights=fp8"],
+        1,
+        ["precision.primary_weights=fp8", "precision.format=fp8_delayed", "bf16", "fp8_block"],
+    ),
+    (
         "delayed_scaling_covers_all_layers",
         [*FP8, "precision.format=fp8_delayed", "precision.bf16_last_layers=1"],
         1,

@@ -60,3 +60,10 @@ def test_documents_split_over_ranks_are_refused_where_transformer_engine_attends
     with expected:
         check_support(config, gpu)
     check_support(config, CPU)
+
+
+def test_fp8_primary_weights_are_refused_where_fp8_is_emulated() -> None:
+    """Fails if a CPU run starts that would hold other weights than it was asked to."""
+    config = config_with("precision.format=fp8_block", SIZES_FP8_TAKES, "precision.primary_weights=fp8")
+    with pytest.raises(ConfigError, match=r"primary_weights=fp8 with precision.format=fp8_block.*primary_weights=bf16"):
+        check_support(config, CPU)

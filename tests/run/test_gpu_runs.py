@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemotron_train.config.schema import PrecisionFormat, RunConfig
+from nemotron_train.config.schema import PrecisionFormat, PrimaryWeights, RunConfig
 from tests.small_runs import read_metrics, small_config, train, write_corpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -31,12 +31,8 @@ SIZES = dict(
     mamba_state_dim=64,
     mamba_chunk_size=64,
 )
-DETERMINISTIC = {
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    "MAMBA_DETERMINISTIC": "1",
-    "TRITON_CACHE_AUTOTUNING": "1",  # the second process on the GPU takes over what the first has tuned
-}
-ALL = ("bf16", "fp8_block", "fp8_current", "fp8_delayed")
+# With `_weights` the weights of FP8 layers live in FP8 only.
+ALL = ("bf16", "fp8_block", "fp8_current", "fp8_delayed", "fp8_block_weights", "fp8_current_weights")
 BETWEEN = ("bf16", "fp8_delayed")  # whose checkpoints go between CPU and GPU: without and with state of FP8
 
 Job = tuple[RunConfig, int | None]  # a run, and the step after which it is stopped
@@ -51,14 +47,19 @@ class Runs:
         write_corpus(self.corpus)
 
     def job(self, name: str, stop: int | None = None) -> Job:
+        precision = name.split("-")[1]
+        format = precision.removesuffix("_weights")
         config = small_config(
             self.corpus,
             self.folder / name,
             steps=4 * STEPS,
             model=SIZES,
-            precision={"format": PrecisionFormat(name.split("-")[1])},
+            precision={
+                "format": PrecisionFormat(format),
+                "primary_weights": PrimaryWeights.bf16 if format == precision else PrimaryWeights.fp8,
+            },
             # Runs that are stopped at a step do not evaluate there, so the straight ones must not change by doing it.
-            train={"seq_length": 128, "eval_every_steps": STOP},
+            train={"seq_length": 128, "eval_every_steps": STOP, "deterministic": True},
         )
         return config, stop
 
@@ -82,7 +83,7 @@ class Runs:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.run.test_gpu_runs"],
             stdin=subprocess.PIPE,
-            env={**os.environ, **DETERMINISTIC, **hidden},
+            env={**os.environ, **hidden},
         )
         assert process.stdin is not None
         process.stdin.write(pickle.dumps(jobs))
