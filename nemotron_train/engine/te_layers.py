@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+from nemotron_train.engine.in_place_embedding import InPlaceEmbedding
 from nemotron_train.ops.documents import Documents
 from nemotron_train.precision.recipe import Fp8Recipe
 from nemotron_train.precision.te_recipe import te_recipe
@@ -99,6 +100,7 @@ def output_linear(config: TransformerConfig, vocab_size: int, group: Any) -> nn.
 
 __all__ = [
     "DotProductAttention",
+    "InPlaceEmbedding",
     "TEColumnParallelLinear",
     "TELayerNormColumnParallelLinear",
     "TENorm",
