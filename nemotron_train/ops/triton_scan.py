@@ -118,41 +118,30 @@ def outputs(
 
 @triton.jit
 def projection_gradients(
-    own, other, own_key, other_key, step, decay, states, out, passed, carried, itself,
+    own, other, own_key, other_key, step, decay, states, out, within, carried, itself,
     S, chunks, own_s, own_b, other_s, other_b, key_s, key_b, out_split, out_s, out_b, H, heads_per_group,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr,
     OF_B: tl.constexpr,
 ):  # fmt: skip
-    """dC, or OF_B, dB, of T tokens of a chunk (all of them, or a half) and one group, summed over HEADS of its heads.
+    """dC, or OF_B, dB, of T tokens of a chunk and one group, summed over HEADS of its heads.
 
     dC: own is dy, other x, own_key C, other_key B, states those that enter. dB: own is x, other dy, own_key B,
     other_key C, states the gradients of those that leave.
 
-    By token and head [B, H, c Q], the gradient times own_key, which is what the decay on its way gets, without the
-    part from the token itself, whose pull on itself does not pass through the decay: for dC all of it (`passed`), for
-    dB what comes from tokens of the chunk (`passed`) and through the state (`carried`). For dB, where all is in
-    proportion to the token's own dt, that factor is left out of them. `itself` is dy . x of the token, for dB times
-    B . C.
+    By token and head [B, H, c Q], the gradient times own_key, which is what the decay on its way gets: `carried` by the
+    state, and `within` the chunk from all tokens but the token itself, whose pull on itself does not pass through the
+    decay. For dB, where all is in proportion to the token's own dt, that factor is left out of them. `itself` is dy . x
+    of the token, for dB times B . C.
     """
-    halves: tl.constexpr = Q // T
-    c, half, b = tl.program_id(0) // halves, tl.program_id(0) % halves, tl.program_id(2)
+    tiles: tl.constexpr = Q // T
+    c, tile, b = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(2)
     first_head = tl.program_id(1) * HEADS
     group = first_head // heads_per_group
     split = (first_head % heads_per_group) // HEADS
-    rows, there = _chunk_rows(c * halves + half, S, T)
-    # The other half acts on this one as a whole, or not at all.
-    has_rest = (half == 0 if OF_B else half == 1) and halves == 2
-    rest_rows, rest_there = _chunk_rows(c * halves + 1 - half, S, T)
-    rest_there = rest_there & has_rest
+    rows, there = _chunk_rows(c * tiles + tile, S, T)
     at_key, there_key = _tile(own_key + b * key_b + group * N, rows, key_s, there, N, N)
     of_key = tl.load(at_key, mask=there_key, other=0.0)
-    at_other_key, there_key = _tile(other_key + b * key_b + group * N, rows, key_s, there, N, N)
-    of_other_key = tl.load(at_other_key, mask=there_key, other=0.0)
-    at_rest_key, there_rest_key = _tile(other_key + b * key_b + group * N, rest_rows, key_s, rest_there, N, N)
-    of_rest_key = tl.load(at_rest_key, mask=there_rest_key, other=0.0)
-    keys_product = tl.sum(of_key.to(tl.float32) * of_other_key.to(tl.float32), axis=1)
-    n, p, i = tl.arange(0, N), tl.arange(0, BLOCK_P), tl.arange(0, T)
-    related = i[:, None] <= i[None, :] if OF_B else i[:, None] >= i[None, :]
+    n, p = tl.arange(0, N), tl.arange(0, BLOCK_P)
     gradient = tl.zeros([T, N], dtype=tl.float32)
     for k in range(HEADS):
         h = first_head + k
@@ -160,37 +149,35 @@ def projection_gradients(
         a, dt = tl.load(decay + of_head + rows), tl.load(step + of_head + rows)
         at_own, there_own = _tile(own + b * own_b + h * P, rows, own_s, there, P, BLOCK_P)
         of_own = tl.load(at_own, mask=there_own, other=0.0)
+        by_others, by_itself = tl.zeros([T], dtype=tl.float32), tl.zeros([T], dtype=tl.float32)
+        for o in range(tiles):
+            if (o >= tile) if OF_B else (o <= tile):
+                o_rows, o_there = _chunk_rows(c * tiles + o, S, T)
+                o_a, o_dt = tl.load(decay + of_head + o_rows), tl.load(step + of_head + o_rows)
+                at_other, there_other = _tile(other + b * other_b + h * P, o_rows, other_s, o_there, P, BLOCK_P)
+                of_other = tl.load(at_other, mask=there_other, other=0.0)
+                at_other_key, there_o_key = _tile(other_key + b * key_b + group * N, o_rows, key_s, o_there, N, N)
+                of_other_key = tl.load(at_other_key, mask=there_o_key, other=0.0)
+                ahead = rows[:, None] - o_rows[None, :]
+                distance = o_a[None, :] - a[:, None] if OF_B else a[:, None] - o_a[None, :]
+                related = ahead <= 0 if OF_B else ahead >= 0
+                products = tl.dot(of_own, tl.trans(of_other), input_precision="ieee")
+                weights = products * tl.exp(tl.where(related, distance, float("-inf")))
+                if not OF_B:
+                    weights *= o_dt[None, :]
+                pulls = tl.dot(of_key, tl.trans(of_other_key), input_precision="ieee") * weights
+                by_others += tl.sum(tl.where(ahead == 0, 0.0, pulls), axis=1)
+                by_itself += tl.sum(tl.where(ahead == 0, pulls if OF_B else products, 0.0), axis=1)
+                if OF_B:
+                    weights *= dt[:, None]
+                gradient = tl.dot(weights.to(of_own.dtype), of_other_key, acc=gradient, input_precision="ieee")
+        tl.store(within + of_head + rows, by_others)
+        tl.store(itself + of_head + rows, by_itself)
         state_at = ((b * chunks + c).to(tl.int64) * H + h) * N * P + n[:, None] * P + p[None, :]
         state = tl.load(states + state_at, mask=(p < P)[None, :], other=0.0)
-        of_all = tl.dot(of_own, tl.trans(state), input_precision="ieee")
-        of_all *= tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a if OF_B else a)[:, None]
-        through_state = tl.sum(of_all * of_key, axis=1) if OF_B else 0.0
-
-        at_other, there_other = _tile(other + b * other_b + h * P, rows, other_s, there, P, BLOCK_P)
-        of_other = tl.load(at_other, mask=there_other, other=0.0)
-        weights = tl.dot(of_own, tl.trans(of_other), input_precision="ieee")
-        distance = a[None, :] - a[:, None] if OF_B else a[:, None] - a[None, :]
-        weights *= tl.exp(tl.where(related, distance, float("-inf")))
-        weights *= 1.0 if OF_B else dt[None, :]
-        of_all = tl.dot(weights.to(of_own.dtype), of_other_key, acc=of_all, input_precision="ieee")
-        if has_rest:
-            rest_a, rest_dt = tl.load(decay + of_head + rest_rows), tl.load(step + of_head + rest_rows)
-            at_rest, there_rest = _tile(other + b * other_b + h * P, rest_rows, other_s, rest_there, P, BLOCK_P)
-            weights = tl.dot(of_own, tl.trans(tl.load(at_rest, mask=there_rest, other=0.0)), input_precision="ieee")
-            weights *= tl.exp(rest_a[None, :] - a[:, None] if OF_B else a[:, None] - rest_a[None, :])
-            weights *= 1.0 if OF_B else rest_dt[None, :]
-            of_all = tl.dot(weights.to(of_own.dtype), of_rest_key, acc=of_all, input_precision="ieee")
-
-        to_itself = tl.sum(of_own.to(tl.float32) * of_other.to(tl.float32), axis=1)
-        with_all = tl.sum(of_all * of_key, axis=1)
-        if OF_B:
-            tl.store(passed + of_head + rows, with_all - through_state - to_itself * keys_product)
-            tl.store(carried + of_head + rows, through_state)
-            tl.store(itself + of_head + rows, to_itself * keys_product)
-            gradient += of_all * dt[:, None]
-        else:
-            tl.store(passed + of_head + rows, with_all - to_itself * keys_product * dt)
-            tl.store(itself + of_head + rows, to_itself)
-            gradient += of_all
+        by_state = tl.dot(of_own, tl.trans(state), input_precision="ieee")
+        by_state *= tl.exp(tl.load(decay + of_head + c * Q + Q - 1) - a if OF_B else a)[:, None]
+        tl.store(carried + of_head + rows, tl.sum(by_state * of_key, axis=1))
+        gradient += by_state * dt[:, None] if OF_B else by_state
     at_out, there_key = _tile(out + split * out_split + b * out_b + group * N, rows, out_s, there, N, N)
     tl.store(at_out, gradient.to(out.dtype.element_ty), mask=there_key)

@@ -87,14 +87,14 @@ def scan_gradients(
     leaving, overlap = _carry(dy_SBI, C, steps, sizes, entering=entering)
     _outputs(_Operands(dy_SBI, dy_SBI, B, C), steps, weights.D_H, leaving, dx, sizes, reverse=True)
     for_C, for_B = _Operands(dy_SBI, x, C, B), _Operands(x, dy_SBI, B, C)
-    received, _, dy_times_x = _projection_gradients(for_C, steps, entering, dC, sizes, of_B=False)
-    given, handed, itself = _projection_gradients(for_B, steps, leaving, dB, sizes, of_B=True)
+    pulled, received, dy_times_x = _projection_gradients(for_C, steps, entering, dC, sizes, of_B=False)
+    pulling, handed, itself = _projection_gradients(for_B, steps, leaving, dB, sizes, of_B=True)
 
     d_bias, d_A = (torch.empty(batch, chunks, sizes.heads, dtype=torch.float32, device=dy_SBI.device) for _ in range(2))
     block = min(16, triton.next_power_of_2(sizes.heads))
     triton_steps.step_gradients[(chunks, triton.cdiv(sizes.heads, block), batch)](
-        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, received,
-        given, handed, itself, overlap,
+        raw_dt_SBH, weights.dt_bias_H, weights.A_H, steps.dt, pulled, received,
+        pulling, handed, itself, overlap,
         d_raw_dt, d_bias, d_A, seq, sizes.heads, chunks, *raw_dt_SBH.stride()[:2],
         Q=sizes.chunk, BLOCK_H=block, PARTS=overlap.shape[-1],
     )  # fmt: skip
@@ -118,23 +118,23 @@ def _outputs(
 def _projection_gradients(
     of: _Operands, steps: Steps, states: Tensor, out: Tensor, sizes: MixerSizes, *, of_B: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill `out` with dC, or with dB; return what the kernel calls passed, carried (of dB alone) and itself."""
+    """Fill `out` with dC, or with dB; return what the kernel calls within, carried and itself."""
     seq, batch, _ = of.own.shape
     chunks, shared, blocks = _layout(seq, sizes)
     tile = min(64, sizes.chunk)
     heads = _heads_at_once(sizes, chunks * batch)
     splits = shared // heads
     sums = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-    passed, carried, itself = (torch.empty_like(steps.dt) for _ in range(3))
+    within, carried, itself = (torch.empty_like(steps.dt) for _ in range(3))
     triton_scan.projection_gradients[(chunks * (sizes.chunk // tile), sizes.heads // heads, batch)](
-        *of, *steps, states, sums, passed, carried, itself,
+        *of, *steps, states, sums, within, carried, itself,
         seq, chunks, *of.own.stride()[:2], *of.other.stride()[:2], *of.own_key.stride()[:2],
         0 if splits == 1 else sums.stride(0), *sums.stride()[-3:-1], sizes.heads, shared,
         **blocks, T=tile, HEADS=heads, OF_B=of_B, num_warps=4, num_stages=1,
     )  # fmt: skip
     if splits > 1:
         out.copy_(sums.sum(0))
-    return passed, carried, itself
+    return within, carried, itself
 
 
 def _carry(

@@ -37,24 +37,25 @@ def step_sizes(
 
 @triton.jit
 def step_gradients(
-    raw, bias, A, step, received, given, handed, itself, overlap,
+    raw, bias, A, step, pulled, received, pulling, handed, itself, overlap,
     d_raw, d_bias, d_A, S, H, chunks, raw_s, raw_b,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the raw step sizes, and by chunk of bias and A [B, c, H].
 
     What token k adds to the decay acts on everything that passes it: what tokens at or after k got from tokens before
-    them in the chunk and from the state that entered (`received`), less what tokens at or after k gave (`given`), what
-    tokens before k handed on to the state that leaves (`handed`), and what was handed on of the state as a whole
-    (`overlap`, one number a chunk and head, in parts). A token gives in proportion to its dt: that factor is not yet in
-    `given`, `handed` and `itself`, what it gave itself.
+    it in the chunk (`pulled`, less `pulling`, what tokens at or after k gave) and from the state that entered
+    (`received`), what tokens before k handed on to the state that leaves (`handed`), and what was handed on of the
+    state as a whole (`overlap`, one number a chunk and head, in parts). A token gives in proportion to its dt: that
+    factor is not yet in `pulling`, `handed` and `itself`, what it gave itself.
     """
     by_token, by_head, there, heads = _places(S, H, chunks, raw_s, raw_b, Q, BLOCK_H)
     c, b = tl.program_id(0), tl.program_id(2)
     dt = tl.load(step + by_head, mask=there, other=0.0)
-    gave = tl.load(given + by_head, mask=there, other=0.0)
+    gave = tl.load(pulling + by_head, mask=there, other=0.0)
     gave_on = tl.load(handed + by_head, mask=there, other=0.0)
-    from_here = tl.load(received + by_head, mask=there, other=0.0) - gave * dt
+    from_here = tl.load(pulled + by_head, mask=there, other=0.0) - gave * dt
+    from_here += tl.load(received + by_head, mask=there, other=0.0)
     until_here = gave_on * dt
     d_dA = tl.cumsum(from_here, axis=0, reverse=True) + tl.cumsum(until_here, axis=0) - until_here
     for part in range(PARTS):
