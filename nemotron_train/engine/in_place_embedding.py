@@ -25,6 +25,8 @@ from nemotron_train.ops.triton_row_sums import add_rows
 class InPlaceEmbedding(LanguageModelEmbedding):
     """Not for a table that an output layer shares: the gradient that comes from there would be lost."""
 
+    word_embeddings: VocabParallelEmbedding
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         words = self.word_embeddings

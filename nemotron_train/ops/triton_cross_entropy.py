@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 8192  # numbers that a program holds at once; it goes through one token's row
+_FORWARD_BLOCK, _BACKWARD_BLOCK = 2048, 8192  # numbers of a token's row that a program holds at once
 
 
 def cross_entropy(logits_SBv: Tensor, labels_SB: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -31,7 +31,9 @@ class _CrossEntropy(torch.autograd.Function):
         tokens, size = logits_Tv.shape
         index_T = labels.flatten() - size * (0 if group is None else group.rank())
         sums_3T = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)
-        _sums[(tokens,)](logits_Tv, index_T, sums_3T, logits_Tv.stride(0), size, BLOCK=_block(size), num_warps=8)
+        _sums[(tokens,)](
+            logits_Tv, index_T, sums_3T, logits_Tv.stride(0), size, BLOCK=_block(_FORWARD_BLOCK, size), num_warps=4
+        )
         log_sum_T, own_T = _over_ranks(sums_3T, group)
         ctx.save_for_backward(index_T, log_sum_T)
         ctx.logits_Tv = logits_Tv
@@ -43,7 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
         assert ctx.logits_Tv is not None, "the gradient of a cross-entropy can be taken once"
         d_Tv, ctx.logits_Tv = ctx.logits_Tv, None
         tokens, size = d_Tv.shape
-        block = _block(size)
+        block = _block(_BACKWARD_BLOCK, size)
         _gradient[(tokens, triton.cdiv(size, block))](
             d_Tv, index_T, log_sum_T, dloss.flatten(), d_Tv.stride(0), size, BLOCK=block, num_warps=8
         )
@@ -60,8 +62,8 @@ def _over_ranks(sums_3T: Tensor, group: dist.ProcessGroup | None) -> tuple[Tenso
     return torch.logsumexp(largest_RT + sum_RT.log(), dim=0), own_RT.sum(0)
 
 
-def _block(size: int) -> int:
-    return min(_BLOCK, triton.next_power_of_2(size))
+def _block(most: int, size: int) -> int:
+    return min(most, triton.next_power_of_2(size))
 
 
 @triton.jit

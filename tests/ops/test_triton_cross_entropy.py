@@ -24,7 +24,8 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kern
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_loss_and_gradient(block: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a block of the vocabulary is left out, a label meets another token, or large logits overflow."""
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(module, "_FORWARD_BLOCK", block)
+    monkeypatch.setattr(module, "_BACKWARD_BLOCK", block)
     logits, labels = logits_and_labels(scale)
     ours = gradients_of(lambda t: cross_entropy(t * 1.0, labels), [logits.float()])
     for a, b in zip(ours, gradients_of(lambda t: plain(t, labels), [logits.float().double()]), strict=True):
