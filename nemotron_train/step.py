@@ -68,7 +68,9 @@ def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> li
 def count_tokens(run: Runtime, batches: Sequence[Batch]) -> Tensor:
     """Count the real tokens of the global batch, the same scalar on every rank; at least 1, for batches of padding."""
     mine = sum(int(batch.loss_mask_BS.sum()) for batch in batches)
-    tokens = torch.tensor(mine, device=run.platform.device)
+    tokens = torch.full(
+        (), mine, dtype=torch.int64, device=run.platform.device
+    )  # no copy, which would wait for the GPU
     dist.all_reduce(tokens, group=run.groups.dp_cp)
     return tokens.clamp(min=1)
 

@@ -23,6 +23,7 @@ from nemotron_train.checkpoint.retention import sweep
 from nemotron_train.checkpoint.saver import Saver
 from nemotron_train.checkpoint.store import load_checkpoint
 from nemotron_train.config.load import write_resolved
+from nemotron_train.config.schema import Recompute
 from nemotron_train.data.batch import Batch, RankShare
 from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.ledger import ConsumptionLedger
@@ -38,7 +39,7 @@ from nemotron_train.engine.mcore_config import (
     weight_dtype,
 )
 from nemotron_train.engine.optimizer import build_optimizer
-from nemotron_train.engine.wrap import wrap_in_data_parallel
+from nemotron_train.engine.wrap import overwrite_gradients, wrap_in_data_parallel
 from nemotron_train.errors import NumericsError
 from nemotron_train.evaluate import evaluate
 from nemotron_train.loss import MeanLoss
@@ -66,6 +67,8 @@ def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
     transformer_config = build_transformer_config(plan, ops, parts)
     chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
     wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)
+    if parts.fuses_weight_gradients and config.train.recompute is not Recompute.full:
+        overwrite_gradients(wrapped)
     optimizer = build_optimizer(build_optimizer_config(config), wrapped, VECTOR_GROUPS)
     return Runtime(plan=plan, platform=platform, groups=groups, chunks=wrapped, optimizer=optimizer)
 

@@ -61,7 +61,8 @@ INNER_IMPORTS: dict[tuple[str, str], str] = {
     ("plan/__main__.py", "nemotron_train.plan.picture"): "only one answer is a picture, and matplotlib loads slowly",
     ("data_tools/encoders.py", "gigatoken"): "optional, and slow to import",
     ("data_tools/executors.py", "ray"): "optional",
-    ("ops/implementations.py", "nemotron_train.ops.te_elementwise"): "needs Transformer Engine",
+    ("ops/implementations.py", "nemotron_train.ops.te_squared_relu"): "needs Transformer Engine",
+    ("ops/implementations.py", "nemotron_train.ops.triton_cross_entropy"): "needs Triton",
     ("doctor/__main__.py", "nemotron_train.doctor.measurements"): "needs torch, and has to say so where it is broken",
     ("doctor/__main__.py", "nemotron_train.doctor.table"): "needs rich",
 }

@@ -28,12 +28,18 @@ class Batch:
     document_BS: Tensor | None = None  # int32, each token's document, of the whole sample; None: not told apart
 
     def to(self, device: torch.device | str) -> "Batch":
+        is_cuda = torch.device(device).type == "cuda"
+
+        def moved(t: Tensor) -> Tensor:
+            # A copy from memory that is not pinned would wait for all that the GPU still has to do.
+            return (t.pin_memory() if is_cuda else t).to(device, non_blocking=True)
+
         return Batch(
-            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
-            labels_BS=self.labels_BS.to(device, non_blocking=True),
-            loss_mask_BS=self.loss_mask_BS.to(device, non_blocking=True),
-            source_B=self.source_B.to(device, non_blocking=True),
-            document_BS=None if self.document_BS is None else self.document_BS.to(device, non_blocking=True),
+            tokens_BS=moved(self.tokens_BS),
+            labels_BS=moved(self.labels_BS),
+            loss_mask_BS=moved(self.loss_mask_BS),
+            source_B=moved(self.source_B),
+            document_BS=None if self.document_BS is None else moved(self.document_BS),
         )
 
 

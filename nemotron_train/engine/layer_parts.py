@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ class LayerParts:
     norm_column_linear: type  # norm + column-parallel linear in one module
     row_linear: type
     core_attention: Callable[..., nn.Module]
+    embedding: type  # has Megatron-Core's constructor; not for a table that the output layer shares
     output_linear: Callable[[TransformerConfig, int, Any], nn.Module]  # takes the vocabulary's size and the TP group
     checkpoint: Callable[[Callable[[Tensor], Tensor], Tensor, Any], Tensor]  # recomputes a function in the backward
     precision: LayerPrecision
@@ -55,6 +57,7 @@ def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
         norm_column_linear=plain_layers.NormColumnParallelLinear,
         row_linear=plain_layers.RowParallelLinear,
         core_attention=_plain_attention(plan),
+        embedding=LanguageModelEmbedding,
         output_linear=plain_layers.output_linear,
         checkpoint=lambda run, x, group: tensor_parallel.checkpoint(run, False, x),
         precision=LayerPrecision(),
@@ -93,6 +96,7 @@ def transformer_engine_parts(plan: RunPlan) -> LayerParts:
         norm_column_linear=te_layers.TELayerNormColumnParallelLinear,
         row_linear=te_layers.TERowParallelLinear,
         core_attention=_plain_attention(plan) if has_cap else te_layers.DotProductAttention,
+        embedding=te_layers.InPlaceEmbedding,
         output_linear=te_layers.output_linear,
         checkpoint=te_layers.checkpoint,
         precision=precision,

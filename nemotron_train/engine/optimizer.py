@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
@@ -67,17 +67,44 @@ def take_step(optimizer: Optimizer) -> OptimizerStep:
     The norm is a sum over all ranks, so every rank comes to the same decision.
     """
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = math.hypot(*(_grad_norm(part) for part in optimizer.chained_optimizers))
     if not math.isfinite(grad_norm):
         return OptimizerStep(updated=False, grad_norm=grad_norm)
     clip = optimizer.config.clip_grad
     if clip > 0.0:
         for part in optimizer.chained_optimizers:
-            # With moments or gradients below float32 the gradients are kept beside the parameter, not as its `grad`.
-            beside = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, grad_norm, use_decoupled_grad=beside)
+            _clip(part, clip, grad_norm)
     optimizer.step_with_ready_grads()
     return OptimizerStep(updated=True, grad_norm=grad_norm)
+
+
+def _grad_norm(part: Any) -> float:
+    """Compute the L2 norm of the gradients of one of the optimizers that make up the whole, over all ranks."""
+    gradients = part.get_main_grads_for_grad_norm()
+    group = part.get_grad_stats_parallel_group()
+    assert all(gradient.dtype in _gradient_dtypes(part) for gradient in gradients)
+    of_dtype = ([g for g in gradients if g.dtype is dtype] for dtype in _gradient_dtypes(part))
+    return math.hypot(*(get_grad_norm_fp32(some, grad_stats_parallel_group=group) for some in of_dtype))
+
+
+def _clip(part: Any, most: float, grad_norm: float) -> None:
+    # With moments or gradients below float32 the gradients are kept beside the parameter, not as its `grad`.
+    beside = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    name = "decoupled_grad" if beside else "grad"
+    present = [parameter for parameter in part.get_parameters() if getattr(parameter, name, None) is not None]
+    for dtype in _gradient_dtypes(part):
+        parameters = [parameter for parameter in present if getattr(parameter, name).dtype is dtype]
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, most, grad_norm, use_decoupled_grad=beside)
+
+
+def _gradient_dtypes(part: Any) -> list[torch.dtype]:
+    """Name the types of gradients, the same on every rank: those of float32 vectors stay in float32.
+
+    The kernels of norm and clipping, Transformer Engine's and apex's, read a list of tensors as if all were of the type
+    of the first, so each type needs a list of its own.
+    """
+    return list(dict.fromkeys([torch.float32, part.config.main_grads_dtype]))
 
 
 def allocate_state(optimizer: Optimizer) -> None:

@@ -119,7 +119,7 @@ class HybridModel(LanguageModule):
         self.share_embeddings_and_output_weights = run.model.tied_embeddings
         self.input_tensor: Tensor | None = None
         if place.is_first:
-            self.embedding = _build_embedding(config, run.model, groups)
+            self.embedding = _build_embedding(config, run.model, parts, groups)
         self.decoder = HybridStack(config, run, place, parts, operations, groups)
         if place.is_last:
             if run.model.tied_embeddings:
@@ -186,10 +186,11 @@ class HybridModel(LanguageModule):
 
 
 def _build_embedding(
-    config: TransformerConfig, model: ModelSection, groups: ProcessGroupCollection
+    config: TransformerConfig, model: ModelSection, parts: LayerParts, groups: ProcessGroupCollection
 ) -> LanguageModelEmbedding:
     is_learned = model.position_embedding is PositionEmbedding.learned
-    embedding = LanguageModelEmbedding(
+    kind = LanguageModelEmbedding if model.tied_embeddings else parts.embedding
+    embedding = kind(
         config,
         model.vocab_size,
         model.max_position_embeddings or 0,  # read only if they are learned

@@ -44,7 +44,7 @@ _TORCH = Operations(
 
 
 def _mamba_ssm() -> Operations:
-    from nemotron_train.ops import mamba_ssm_core, te_elementwise  # both import libraries of GPU machines
+    from nemotron_train.ops import mamba_ssm_core, te_squared_relu, triton_cross_entropy  # of GPU machines
 
     return replace(
         _TORCH,
@@ -52,8 +52,8 @@ def _mamba_ssm() -> Operations:
         gated_rms_norm=mamba_ssm_core.gated_rms_norm,
         mamba_core=mamba_ssm_core.mamba_core,
         conv_scan=mamba_ssm_core.conv_scan,
-        squared_relu=te_elementwise.squared_relu,
-        cross_entropy=te_elementwise.cross_entropy,
+        squared_relu=te_squared_relu.squared_relu,
+        cross_entropy=triton_cross_entropy.cross_entropy,
     )
 
 

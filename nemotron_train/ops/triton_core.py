@@ -1,8 +1,8 @@
 """The core of a Mamba-2 mixer on our Triton kernels, with the published kernel for the convolution; imported only where
 both are.
 
-The backward pass computes convolution and states again instead of keeping them: what is kept is the projection itself,
-the scan's output and some numbers a head or group of each token.
+The backward pass computes the convolution again instead of keeping it: what is kept is the projection itself, the
+scan's output, the states between chunks and some numbers a head or group of each token.
 
 Source: Mamba-2, arXiv 2405.21060. Shapes: as in `mamba_core.py`.
 """
@@ -17,7 +17,7 @@ from nemotron_train.ops import mamba_ssm_core
 from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes
 from nemotron_train.ops.triton_gated_norm import gated_norm, gated_norm_gradients
-from nemotron_train.ops.triton_ssd import Steps, scan, scan_gradients, step_sizes, supports
+from nemotron_train.ops.triton_ssd import Kept, Steps, scan, scan_gradients, step_sizes, supports
 
 
 def mamba_core(
@@ -36,23 +36,23 @@ class _MambaCore(torch.autograd.Function):
         weights, sizes = CoreWeights(*arguments[:-1]), arguments[-1]
         z, xBC, dt = _parts(zxBCdt, sizes)
         steps = step_sizes(dt, weights, sizes.chunk)
-        y = scan(_convolve(xBC, weights), steps, weights.D_H, sizes)
+        y, kept = scan(_convolve(xBC, weights), steps, weights.D_H, sizes)
         out, scale = gated_norm(y.flatten(0, 1), z.flatten(0, 1), weights.norm_I, sizes.groups, sizes.epsilon)
-        ctx.save_for_backward(zxBCdt, *weights, *steps, y, scale)
+        ctx.save_for_backward(zxBCdt, *weights, *steps, kept.entering, y, scale)
         ctx.sizes = sizes
         return out.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         zxBCdt, *rest = ctx.saved_tensors
-        weights, steps, (y, scale), sizes = CoreWeights(*rest[:6]), Steps(*rest[6:8]), rest[8:], ctx.sizes
+        weights, kept, (y, scale), sizes = CoreWeights(*rest[:6]), Kept(Steps(*rest[6:8]), rest[8]), rest[9:], ctx.sizes
         z, xBC, dt = _parts(zxBCdt, sizes)
         d_zxBCdt = torch.empty_like(zxBCdt)
         dz, dxBC, ddt = _parts(d_zxBCdt, sizes)
         dout, y, z, dz = (t.flatten(0, 1) for t in (dout.contiguous(), y, z, dz))
         dy, d_norm = gated_norm_gradients(dout, y, z, weights.norm_I, scale, dz)
         d_convolved, d_steps = scan_gradients(
-            dy.unflatten(0, xBC.shape[:2]), _convolve(xBC, weights), dt, steps, weights, sizes, d_raw_dt=ddt
+            dy.unflatten(0, xBC.shape[:2]), _convolve(xBC, weights), dt, kept, weights, sizes, d_raw_dt=ddt
         )
         _, d_conv, d_conv_bias, _ = causal_conv1d_bwd_function(
             _channels_first(xBC), weights.conv_CK, weights.conv_bias_C, _channels_first(d_convolved),

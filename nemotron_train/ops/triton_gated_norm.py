@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 1024  # of the backward pass, over all groups; each goes through many rows and keeps its weights' gradient
+_PROGRAMS = 2048  # of the backward pass, over all groups; each goes through many rows and keeps its weights' gradient
 
 
 def gated_norm(y_RI: Tensor, z_RI: Tensor, weight_I: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ def gated_norm(y_RI: Tensor, z_RI: Tensor, weight_I: Tensor, groups: int, epsilo
     width = inner // groups
     _forward[(rows, groups)](
         y_RI, z_RI, weight_I, out, scale, z_RI.stride(0), epsilon,
-        inner=inner, W=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        inner=inner, W=width, BLOCK=triton.next_power_of_2(width), num_warps=2,
     )  # fmt: skip
     return out, scale
 
@@ -34,7 +34,7 @@ def gated_norm_gradients(
     _backward[(programs, groups)](
         dout_RI, y_RI, z_RI, weight_I, scale_RG, dy, dz_RI, d_weight, rows, z_RI.stride(0), dz_RI.stride(0),
         inner=inner, W=width, G=groups, ROWS=triton.cdiv(rows, programs),
-        BLOCK=triton.next_power_of_2(width), num_warps=8,
+        BLOCK=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return dy, d_weight.sum(0)
 

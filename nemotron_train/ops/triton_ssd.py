@@ -22,6 +22,13 @@ class Steps(NamedTuple):
     decay: Tensor  # sum of dt A from the start of the token's chunk
 
 
+class Kept(NamedTuple):
+    """What `scan_gradients` wants back from `scan`."""
+
+    steps: Steps
+    entering: Tensor  # states that enter the chunks [B, c, H, N, P]
+
+
 class _Operands(NamedTuple):
     """What a kernel reads of a token (own) and of the tokens that act on it or that it acts on (other)."""
 
@@ -50,20 +57,21 @@ def step_sizes(raw_dt_SBH: Tensor, weights: CoreWeights, chunk: int) -> Steps:
     return steps
 
 
-def scan(xBC_SBC: Tensor, steps: Steps, D_H: Tensor, sizes: MixerSizes) -> Tensor:
-    """Return y (S B I), in the dtype of xBC."""
+def scan(xBC_SBC: Tensor, steps: Steps, D_H: Tensor, sizes: MixerSizes) -> tuple[Tensor, Kept]:
+    """Return y (S B I), in the dtype of xBC, and what the backward pass needs besides."""
     seq, batch, _ = xBC_SBC.shape
     x, B, C = _split(xBC_SBC, sizes)
     y = torch.empty(seq, batch, sizes.inner, dtype=xBC_SBC.dtype, device=xBC_SBC.device)
-    _outputs(_Operands(x, x, C, B), steps, D_H, _entering(xBC_SBC, steps, sizes), y, sizes, reverse=False)
-    return y
+    entering, _ = _carry(x, B, steps, sizes, entering=None)
+    _outputs(_Operands(x, x, C, B), steps, D_H, entering, y, sizes, reverse=False)
+    return y, Kept(steps, entering)
 
 
 def scan_gradients(
     dy_SBI: Tensor,
     xBC_SBC: Tensor,
     raw_dt_SBH: Tensor,
-    steps: Steps,
+    kept: Kept,
     weights: CoreWeights,
     sizes: MixerSizes,
     *,
@@ -75,8 +83,8 @@ def scan_gradients(
     d_xBC = torch.empty_like(xBC_SBC)
     dx, dB, dC = _split(d_xBC, sizes)
     chunks, _, _ = _layout(seq, sizes)
-    entering = _entering(xBC_SBC, steps, sizes)
-    leaving, overlap = _leaving(dy_SBI, C, steps, entering, sizes)
+    steps, entering = kept
+    leaving, overlap = _carry(dy_SBI, C, steps, sizes, entering=entering)
     _outputs(_Operands(dy_SBI, dy_SBI, B, C), steps, weights.D_H, leaving, dx, sizes, reverse=True)
     for_C, for_B = _Operands(dy_SBI, x, C, B), _Operands(x, dy_SBI, B, C)
     pulled, received, dy_times_x = _projection_gradients(for_C, steps, entering, dC, sizes, of_B=False)
@@ -129,21 +137,11 @@ def _projection_gradients(
     return within, carried, itself
 
 
-def _entering(xBC: Tensor, steps: Steps, sizes: MixerSizes) -> Tensor:
-    """Compute the state that enters each chunk [B, c, H, N, P]."""
-    x, B, _ = _split(xBC, sizes)
-    return _carry(x, B, steps, sizes, entering=None)[0]
-
-
-def _leaving(dy: Tensor, C: Tensor, steps: Steps, entering: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor]:
-    """Compute the gradient of the state that leaves each chunk [B, c, H, N, P], and its overlap with what was handed
-    on [B, H, c, parts]."""
-    return _carry(dy, C, steps, sizes, entering=entering)
-
-
 def _carry(
     value: Tensor, key: Tensor, steps: Steps, sizes: MixerSizes, entering: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Compute the state that enters each chunk [B, c, H, N, P], or, where those are given, the gradient of the state
+    that leaves it, and its overlap with what was handed on [B, H, c, parts]; see the kernel."""
     seq, batch, _ = value.shape
     chunks, shared, blocks = _layout(seq, sizes)
     states = value.new_empty(batch, chunks, sizes.heads, sizes.state, sizes.head_dim)

@@ -1,8 +1,8 @@
 """How many bytes does a layer keep for its backward pass, and how many more while that runs?
 
 Read off the code that runs on CUDA, tensor by tensor: Transformer Engine's linears (`engine/te_layers.py`), the Mamba
-core (`ops/triton_core.py`), squared ReLU and cross-entropy (`ops/te_elementwise.py`). Sizes are of one micro-batch on
-one rank.
+core (`ops/triton_core.py`), squared ReLU (`ops/te_squared_relu.py`) and cross-entropy (`ops/triton_cross_entropy.py`).
+Sizes are of one micro-batch on one rank.
 """
 
 from dataclasses import dataclass
@@ -93,16 +93,17 @@ def layer_activations(kind: LayerKind, in_fp8: bool, config: RunConfig, seq_leng
 
 
 def _mamba(sizes: _Sizes) -> tuple[float, float, float]:
-    """Kept: the packed projection and the input of out_proj. Core: the scan's output, step sizes, the norm's scales."""
+    """Kept: the packed projection and the input of out_proj. Core: the scan's output and states, step sizes, the norm's
+    scales."""
     share, tokens, dense = sizes.share, sizes.tokens.layer, sizes.dense
     inner = share.mamba_num_heads * share.mamba_head_dim
     convolved = inner + 2 * share.mamba_num_groups * share.mamba_state_dim
     packed = inner + convolved + share.mamba_num_heads
     kept = tokens * (packed * dense + inner * sizes.into_product)
-    core = tokens * (inner * dense + (2 * share.mamba_num_heads + share.mamba_num_groups) * FLOAT32_BYTES)
     states = tokens / share.mamba_chunk_size * inner * share.mamba_state_dim * dense
-    # Gradients of the projection, of the scan's output and of what was convolved; that again; states in and out.
-    working = tokens * (packed + inner + 2 * convolved) * dense + 2 * states
+    core = tokens * (inner * dense + (2 * share.mamba_num_heads + share.mamba_num_groups) * FLOAT32_BYTES) + states
+    # Gradients of the projection, of the scan's output and of what was convolved; that again; states' gradients.
+    working = tokens * (packed + inner + 2 * convolved) * dense + states
     return kept, core, working
 
 

@@ -89,7 +89,7 @@ def run_with_other_weights(run: Runtime, batches: list[Batch]) -> None:
 @pytest.mark.parametrize(("micro_batch_size", "parts"), [(1, "hybrid"), *((2, parts) for parts in PARTS)])
 def test_gradients_are_those_of_the_plain_layers_in_float32(micro_batch_size: int, parts: str) -> None:
     """Fails if a kernel, a layout of its inputs or the accumulation of weight gradients over micro-batches is wrong, or
-    if a step goes on with the FP8 copies of an earlier step's weights."""
+    if a step goes on with the gradients, or the FP8 copies of the weights, of an earlier step."""
     me = launched_rank()
     platform = choose_platform(me)
     windows = torch.randint(
@@ -103,6 +103,8 @@ def test_gradients_are_those_of_the_plain_layers_in_float32(micro_batch_size: in
         for precision in ("fp32", *TOLERANCE):
             run = build_runtime(plan_run(config_in(precision, micro_batch_size, parts), 1), platform, groups)
             run_with_other_weights(run, batches)
+            for buffer in run.chunks[0].buffers:
+                buffer.grad_data.fill_(float("nan"))  # what is neither cleared nor overwritten shows
             zero_gradients(run.chunks)
             losses[precision] = [float(report.nats_K.sum()) for report in run_all(run, batches, forward_only=False)]
             named = run.chunks[0].module.named_parameters()

@@ -24,4 +24,4 @@ def gradients_of(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> l
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     output = function(*leaves)
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output.dtype))]
+    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent.to(output))]

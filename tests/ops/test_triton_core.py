@@ -30,12 +30,15 @@ def random_weights(sizes: MixerSizes) -> CoreWeights:
 
 
 @on_cpu
-@pytest.mark.parametrize(("groups", "heads", "head_dim", "seq_length"), [(1, 2, 16, 16), (2, 4, 20, 41), (1, 3, 5, 50)])
+@pytest.mark.parametrize(
+    ("groups", "heads", "head_dim", "seq_length", "chunk"),
+    [(1, 2, 16, 16, 16), (2, 4, 20, 41, 16), (1, 3, 5, 50, 16), (1, 2, 16, 200, 128)],
+)
 def test_scan_and_its_gradients_equal_those_of_plain_torch(
-    groups: int, heads: int, head_dim: int, seq_length: int
+    groups: int, heads: int, head_dim: int, seq_length: int, chunk: int
 ) -> None:
     """Fails if a tile's bounds, the decay between two tokens, or a path of a gradient is wrong."""
-    sizes = MixerSizes(heads, head_dim, groups, state=16, conv_kernel=4, chunk=16, epsilon=0.1)
+    sizes = MixerSizes(heads, head_dim, groups, state=16, conv_kernel=4, chunk=chunk, epsilon=0.1)
     weights = random_weights(sizes)
     xBC, raw, dy = (random(seq_length, 2, n, seed=n) for n in (sizes.conv_channels, heads, sizes.inner))
 
@@ -43,21 +46,22 @@ def test_scan_and_its_gradients_equal_those_of_plain_torch(
     x, B, C = leaves[0].split([sizes.inner, groups * 16, groups * 16], dim=-1)
     B, C = (t.unflatten(-1, (groups, 16)).transpose(0, 1) for t in (B, C))
     dt = torch.nn.functional.softplus(leaves[1] + leaves[2]).transpose(0, 1)
-    expected = ssd(x.unflatten(-1, (heads, -1)).transpose(0, 1), dt, leaves[3], B, C, leaves[4], chunk_size=16)
+    expected = ssd(x.unflatten(-1, (heads, -1)).transpose(0, 1), dt, leaves[3], B, C, leaves[4], chunk_size=chunk)
     expected = expected.flatten(2).transpose(0, 1)
     expected_gradients = torch.autograd.grad(expected, leaves, dy)
 
     weights = CoreWeights(*(w.float() for w in weights))
     xBC, raw, dy = xBC.float(), raw.float(), dy.float()
     steps = step_sizes(raw, weights, sizes.chunk)
-    torch.testing.assert_close(scan(xBC, steps, weights.D_H, sizes).double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    y, kept = scan(xBC, steps, weights.D_H, sizes)
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-4, atol=1e-4)
     d_raw = torch.empty_like(raw)
-    d_xBC, d_weights = scan_gradients(dy, xBC, raw, steps, weights, sizes, d_raw_dt=d_raw)
+    d_xBC, d_weights = scan_gradients(dy, xBC, raw, kept, weights, sizes, d_raw_dt=d_raw)
     for name, found, right in zip(
         ("xBC", "raw dt", "bias of dt", "A", "D"), (d_xBC, d_raw, *d_weights), expected_gradients, strict=True
     ):
         difference = (found.double() - right).norm() / right.norm()
-        assert difference < 1e-5, f"{name}: {difference}"
+        assert difference < 3e-5, f"{name}: {difference}"
 
 
 @on_cpu
