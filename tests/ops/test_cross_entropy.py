@@ -1,5 +1,7 @@
 """Is the blocked, vocabulary-parallel cross-entropy the cross-entropy? The oracle is torch's own in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,11 +44,12 @@ def test_bfloat16_logits_give_a_float32_loss() -> None:
     torch.testing.assert_close(loss.double(), plain(logits.bfloat16().double(), labels), rtol=1e-6, atol=1e-6)
 
 
-def loss_of_a_part() -> list[Tensor]:
+def loss_of_a_part(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Take an implementation's loss, and this rank's part of the gradient, with the vocabulary split over the ranks."""
     dist.init_process_group("gloo")
     logits, labels = logits_and_labels(30.0, vocabulary=12)
-    own = logits.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()].contiguous()
-    parts = gradients_of(lambda t: cross_entropy(t * 1.0, labels, dist.group.WORLD), [own])
+    own = logits.to(dtype).chunk(dist.get_world_size(), dim=-1)[dist.get_rank()].contiguous()
+    parts = gradients_of(lambda t: function(t * 1.0, labels, dist.group.WORLD), [own])
     dist.destroy_process_group()
     return parts
 
@@ -56,7 +59,7 @@ def test_split_vocabulary(world_size: int, ranks: RankPool) -> None:
     """Fails if a label is looked up in another rank's part, or a maximum or a sum is taken of one part only."""
     logits, labels = logits_and_labels(30.0, vocabulary=12)
     loss, gradient = gradients_of(lambda t: plain(t, labels), [logits])
-    parts = ranks.run(loss_of_a_part, world_size)
+    parts = ranks.run(loss_of_a_part, world_size, cross_entropy, torch.float64)
     for part, (own_loss, own_gradient) in zip(gradient.chunk(world_size, dim=-1), parts, strict=True):
         torch.testing.assert_close(own_loss, loss, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(own_gradient, part, rtol=1e-12, atol=1e-12)

@@ -5,15 +5,13 @@ On the CPU the kernels run in Triton's interpreter (tests/conftest.py), in float
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (it is for Linux alone)")
 
 from nemotron_train.ops import triton_cross_entropy as module
 from nemotron_train.ops.triton_cross_entropy import cross_entropy
 from tests.ops.scan_inputs import gradients_of
-from tests.ops.test_cross_entropy import logits_and_labels, plain
+from tests.ops.test_cross_entropy import logits_and_labels, loss_of_a_part, plain
 from tests.ranks import RankPool
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels run instead")
@@ -32,21 +30,12 @@ def test_loss_and_gradient(block: int, scale: float, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
-def loss_of_a_part() -> list[Tensor]:
-    dist.init_process_group("gloo")
-    logits, labels = logits_and_labels(30.0, vocabulary=12)
-    own = logits.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()].float()
-    parts = gradients_of(lambda t: cross_entropy(t * 1.0, labels, dist.group.WORLD), [own])
-    dist.destroy_process_group()
-    return parts
-
-
 @on_cpu
 def test_split_vocabulary(ranks: RankPool) -> None:
     """Fails if a label is looked up in another rank's part, or a maximum or a sum is taken of one part only."""
     logits, labels = logits_and_labels(30.0, vocabulary=12)
     loss, gradient = gradients_of(lambda t: plain(t, labels), [logits.float().double()])
-    parts = ranks.run(loss_of_a_part, 4)
+    parts = ranks.run(loss_of_a_part, 4, cross_entropy, torch.float32)
     for part, (own_loss, own_gradient) in zip(gradient.chunk(4, dim=-1), parts, strict=True):
         torch.testing.assert_close(own_loss.double(), loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(own_gradient.double(), part, rtol=1e-4, atol=1e-6)
