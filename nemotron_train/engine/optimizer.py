@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from nemotron_train.config.schema import OptimSection
+from nemotron_train.engine.adamw_in_parts import update_in_parts
 from nemotron_train.engine.wrap import ModelChunk
 
 Optimizer: TypeAlias = MegatronOptimizer  # the name the rest of the house uses
@@ -48,7 +49,11 @@ def build_optimizer(
         ): ParamGroupOverride(wd_mult=group.decay_factor, group_name=group.name)
         for group in groups
     }
-    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides, use_gloo_process_groups=False)
+    if config.use_precision_aware_optimizer and config.exp_avg_dtype is not torch.float32:
+        for part in optimizer.chained_optimizers:
+            update_in_parts(part.optimizer)
+    return optimizer
 
 
 def set_hyperparameters(optimizer: Optimizer, optim: OptimSection, learning_rate: float) -> None:

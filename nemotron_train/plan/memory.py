@@ -29,6 +29,7 @@ from nemotron_train.plan.sizes import (
 
 GIB = 2**30
 FP8_COPIES_BYTES = 2  # a weight is kept by rows and by columns
+ADAMW_ELEMENTS_AT_ONCE = 2**28  # whose moments, stored in bf16, are there in float32 during an update: 2 GiB
 
 
 class _Weight(NamedTuple):
@@ -104,9 +105,12 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
     shapes = {(weight.inputs, weight.outputs) for weight in gemms}
     fp8_primary = config.precision.primary_weights is PrimaryWeights.fp8
     masters = 2 if low and not fp8_primary else 4
-    step = 8 if config.optim.moments is StateFormat.bf16 else 0  # both moments in float32, where stored in less
+    step = 0
+    if config.optim.moments is StateFormat.bf16:  # both in float32, a part at a time or one tensor
+        largest = max([ADAMW_ELEMENTS_AT_ONCE, *(weight.inputs * weight.outputs for weight in gemms)])
+        step += 8 * min(largest, parameters // shards)
     if fp8_primary and config.optim.gradients is StateFormat.bf16:
-        step += 4  # and the gradients, which the other AdamW takes as they are
+        step += 4 * parameters // shards  # gradients in float32, where the other AdamW takes them as they are
     moments = 2 * (2 if config.optim.moments is StateFormat.bf16 else 4)
     return RankMemory(
         weights=rank_weight_bytes(plan, rank),
@@ -120,7 +124,7 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
         gradient_stand_ins=0 if fp32 else dense * sum(inputs * outputs for inputs, outputs in shapes),
         activations=_activations(plan, rank, seq_length, micro_batches),
         working=_working(plan, rank, seq_length),
-        optimizer_working=parameters * step // shards,
+        optimizer_working=step,
     )
 
 

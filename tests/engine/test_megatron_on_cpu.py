@@ -1,6 +1,10 @@
 """Does every line of the CPU adaptor do what Megatron-Core needs of it? All in pool processes: it changes torch for
 good."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,3 +123,16 @@ def streams_and_second_install() -> list[bool]:
 def test_streams_do_nothing_and_a_second_install_neither(ranks: RankPool) -> None:
     """Fails if waiting on a stream needs CUDA, or installing again stacks a second layer onto every torch call."""
     assert ranks.run(streams_and_second_install, 1) == [[True] * 3]
+
+
+def test_transformer_engine_is_not_found_without_a_gpu(tmp_path: Path) -> None:
+    """Fails if Megatron-Core takes the AdamW or the norm of an installed Transformer Engine, which need CUDA, on the
+    CPU."""
+    installed = tmp_path / "transformer_engine"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    command = "import nemotron_train.engine.optimizer, megatron.core.optimizer as o; print('plain:', o.USING_PYTORCH_OPTIMIZER)"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+    assert "plain: True" in done.stdout, done.stderr

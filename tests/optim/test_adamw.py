@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemotron_train.config.schema import OptimSection, RunConfig
+from nemotron_train.engine.adamw_in_parts import update_in_parts
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.ranks import launched_rank
 from nemotron_train.step import train_step
@@ -147,3 +148,41 @@ def test_every_option_does_what_it_does_in_torch(by_option: dict[str, list[tuple
         usual, found = by_option["as above"][-1][1], by_option[key][-1][1]
         moved = max(float(np.abs(usual[name] - found[name]).max()) for name in usual)
         assert moved > 2e-5
+
+
+def test_an_update_in_parts_is_the_whole_update() -> None:
+    """Fails if a weight is left out or updated twice, if parts grow beyond what they may hold, or if a step that breaks
+    off leaves the optimizer with one part of its weights."""
+    sizes = [(3,), (2, 2), (9,), (1,), (1,), (4,)]
+    random = torch.Generator().manual_seed(1)
+    start = [torch.randn(size, generator=random) for size in sizes]
+
+    class Counting(torch.optim.AdamW):
+        """Writes down how many elements each step had."""
+
+        def step(self, closure: Any = None) -> None:
+            seen.append(sum(weight.numel() for group in self.param_groups for weight in group["params"]))
+            super().step(closure)
+
+    def weights_after(in_parts: bool) -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(value.clone()) for value in start]
+        adam = Counting([{"params": weights[:3]}, {"params": weights[3:], "lr": 0.5}], lr=0.1)
+        if in_parts:
+            update_in_parts(adam, at_once=7)
+        for step in range(3):
+            for number, weight in enumerate(weights):
+                weight.grad = torch.full_like(weight, 0.1 * number - step)
+            adam.step()
+        updated = [weight.detach().clone() for weight in weights]
+        weights[4].grad = torch.zeros(1).to_sparse()
+        with pytest.raises(RuntimeError):
+            adam.step()
+        assert [len(group["params"]) for group in adam.param_groups] == [3, 3]
+        return updated
+
+    seen: list[int] = []
+    whole = weights_after(False)
+    seen.clear()
+    parts = weights_after(True)
+    assert seen[:3] == [7, 9, 6]
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))

@@ -24,7 +24,16 @@ STEPS = 5
 
 def losses_and_norms(*overrides: str) -> list[tuple[float, float]]:
     """Loss and gradient norm of steps on the same four samples, clipped to a hundredth."""
-    config = load_config([*MODEL, "precision=bf16", "optim.clip_grad_norm=0.01", "lr.warmup_tokens=1", *overrides])
+    config = load_config(
+        [
+            *MODEL,
+            "precision=bf16",
+            "optim.clip_grad_norm=0.01",
+            "lr.warmup_tokens=1",
+            "train.micro_batch_size=1",
+            *overrides,
+        ]
+    )
     config = replace(config, run=replace(config.run, dir=tempfile.mkdtemp()))
     me, plan = launched_rank(), plan_run(config, 1)
     windows = torch.randint(0, 4096, (4, 1, 513), generator=torch.Generator().manual_seed(3)).numpy()

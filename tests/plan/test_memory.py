@@ -49,12 +49,24 @@ def test_whole_steps_of_the_slice_need_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(("precision", "measured_gib"), [("bf16", 105), ("fp8_block", 115), ("fp8_current", 115)])
-def test_the_12b_needs_what_was_measured_on_two_gpus(precision: str, measured_gib: float) -> None:
+def test_the_12b_needs_what_was_measured_on_two_gpus(
+    precision: str, measured_gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the shards of the optimizer, or what its step holds with bf16 moments, are wrong. Measured with
-    Megatron-Core's own model (2026-11-22), whose optimizer is ours."""
+    Megatron-Core's own model (2026-11-22), whose AdamW updates all weights at once."""
+    monkeypatch.setattr("nemotron_train.plan.memory.ADAMW_ELEMENTS_AT_ONCE", 2**40)
     (rank,) = memory(*TP2_LOW_STATE, *FORMATS[precision], world_size=2)
     assert rank.peak / GIB == pytest.approx(measured_gib, rel=0.015)
     assert rank.peak > rank.forward_backward_peak
+
+
+def test_an_update_in_parts_is_not_the_fullest_moment() -> None:
+    """Fails if the float32 moments of one part, or of the output layer's weight, which is larger, are miscounted."""
+    (rank,) = memory(*TP2_LOW_STATE, world_size=2)
+    assert rank.optimizer_working == 8 * 131072 // 2 * 5120
+    (shard,) = memory(*TP2_LOW_STATE, "train.global_batch_size=64", world_size=128)
+    assert shard.optimizer_working == 8 * (shard.moments // 4)
+    assert rank.peak == rank.forward_backward_peak
 
 
 @pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 3), (2, 4)])
