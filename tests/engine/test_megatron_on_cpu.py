@@ -131,7 +131,11 @@ def test_transformer_engine_is_not_found_without_a_gpu(tmp_path: Path) -> None:
     installed = tmp_path / "transformer_engine"
     installed.mkdir()
     (installed / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    command = "import nemotron_train.engine.optimizer, megatron.core.optimizer as o; print('plain:', o.USING_PYTORCH_OPTIMIZER)"
+    command = (
+        "import nemotron_train.engine.optimizer\n"
+        "import megatron.core.optimizer as megatron\n"
+        "print('plain:', megatron.USING_PYTORCH_OPTIMIZER)"
+    )
     path = os.pathsep.join([str(tmp_path), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)

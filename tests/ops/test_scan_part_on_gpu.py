@@ -12,6 +12,7 @@ from tests.ops.test_elementwise_operations import random
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 IN_FLOAT32 = ("dt_bias_H", "A_H", "D_H")
+DIRECTIONS = 8  # of the gradient: with one head that of D is one number, in one direction perhaps near zero
 
 
 @pytest.mark.parametrize("implementation", ["mamba_ssm", "triton"])
@@ -33,7 +34,7 @@ def test_conv_scan_and_gated_norm_equal_plain_torch(
         norm_I=random(sizes.inner, seed=6),
     )
     projected = random(seq_length, batch, sizes.inner + sizes.conv_channels + heads, seed=8).bfloat16()
-    dout = random(seq_length, batch, sizes.inner, seed=9).cuda()
+    douts = [random(seq_length, batch, sizes.inner, seed=9 + direction).cuda() for direction in range(DIRECTIONS)]
 
     def run(ops: Operations, dtype: torch.dtype, wide: torch.dtype) -> list[Tensor]:
         leaves = [projected.to("cuda", dtype).requires_grad_()]
@@ -44,10 +45,13 @@ def test_conv_scan_and_gated_norm_equal_plain_torch(
         apart = Documents(number_BS.cuda()) if documents else None
         y = ops.conv_scan(xBCdt.contiguous(), CoreWeights(*leaves[1:]), sizes, apart)
         out = ops.gated_rms_norm(y, z, leaves[-1], num_groups=groups, epsilon=sizes.epsilon)
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+        grads = [torch.autograd.grad(out, leaves, dout.to(out.dtype), retain_graph=True) for dout in douts]
+        return [out.detach(), *(torch.stack(of_leaf) for of_leaf in zip(*grads, strict=True))]
 
     expected = run(operations("torch"), torch.float64, torch.float64)
+    rounded = run(operations("torch"), torch.bfloat16, torch.float32)
     found = run(operations(implementation), torch.bfloat16, torch.float32)
-    for name, right, ours in zip(("out", "d_projected", *CoreWeights._fields), expected, found, strict=True):
-        difference = (ours.double() - right).norm() / right.norm()
-        assert difference < 0.02, f"{name}: {difference}"
+    names = ("out", "d_projected", *CoreWeights._fields)
+    for name, right, plain, ours in zip(names, expected, rounded, found, strict=True):
+        of_rounding, difference = ((x.double() - right).norm() / right.norm() for x in (plain, ours))
+        assert difference < 0.01 + 2 * of_rounding, f"{name}: {difference}, plain torch in bfloat16 {of_rounding}"
