@@ -1,9 +1,9 @@
 """How long does a step take, and the run? Layers, pipeline bubble, traffic and optimizer, added up.
 
-What it rests on: times of single layers, of our 18-layer slice on one H200 and of the whole 12B on two at
-tensor-parallel size 2 (`tables/h200.json`); at those points it gives what was measured within 5 %. `--probe` writes
-such a table for another card. More GPUs, pipelines, context parallelism and other models have not been measured: there
-it is arithmetic.
+What it rests on: times of single layers and of our 18-layer slice on one H200 (`tables/h200.json`). At the slice, and
+at the whole 12B on two H200s at tensor-parallel size 2, it gives what was measured within 3 %. `--probe` writes such a
+table for another card. More GPUs, pipelines, context parallelism and other models have not been measured: there it is
+arithmetic.
 """
 
 from collections.abc import Sequence

@@ -33,28 +33,21 @@ def test_four_times_the_tokens_take_four_times_as_long_and_attention_longer() ->
         assert long.elementwise == pytest.approx(4 * short.elementwise)
 
 
-@pytest.mark.parametrize(("precision", "measured_ms"), [("bf16", 403), ("fp8_block", 341)])
+@pytest.mark.parametrize(("precision", "measured_ms"), [("bf16", 376), ("fp8_block", 319), ("fp8_current", 291)])
 def test_a_step_of_the_slice_takes_what_was_measured(precision: str, measured_ms: float) -> None:
-    """Fails if output layer, optimizer or a layer is off. Measured by benchmarks/train_step.py (2026-11-24); a pass
-    over the gradients that was in it (9 ms) is gone."""
+    """Fails if output layer, optimizer or a layer is off. Measured by benchmarks/train_step.py (2026-11-27)."""
     plan = planned(*SLICE, f"precision.format={precision}", *ALL_IN_FP8)
-    assert step_time(plan, plan.batches.segments[0], H200).total * 1e3 == pytest.approx(measured_ms - 9, rel=0.02)
+    assert step_time(plan, plan.batches.segments[0], H200).total * 1e3 == pytest.approx(measured_ms, rel=0.02)
 
 
-def test_the_slice_takes_what_was_measured_later() -> None:
-    """Fails if the table drifts from what the layers take now: 321 and 322 ms (benchmarks/train_step.py, fp8_block,
-    2026-11-26), with the Mamba core on kernels that the table does not know."""
-    plan = planned(*SLICE, "precision.format=fp8_block", *ALL_IN_FP8)
-    assert step_time(plan, plan.batches.segments[0], H200).total * 1e3 == pytest.approx(321.5, rel=0.03)
-
-
-@pytest.mark.parametrize(
-    ("precision", "tokens_per_second"), [("bf16", 6302), ("fp8_block", 6994), ("fp8_current", 7385)]
-)
-def test_the_12b_on_two_gpus_runs_as_measured(precision: str, tokens_per_second: float) -> None:
-    """Fails if tensor parallelism costs less or more than it did (Megatron-Core's own model, 2026-11-22)."""
-    timed = plan_time(planned(*TP2_LOW_STATE, *FORMATS[precision], world_size=2))
-    assert timed.tokens_per_second_per_gpu == pytest.approx(tokens_per_second, rel=0.02)
+@pytest.mark.parametrize(("precision", "measured"), [("bf16", [7494]), ("fp8_block", [8826, 9109, 9188])])
+def test_the_12b_on_two_gpus_runs_as_measured(precision: str, measured: list[float]) -> None:
+    """Fails if tensor parallelism costs less or more than it did: tokens/s per GPU by benchmarks/train_step.py
+    (2026-11-27, one figure a machine), which the table was not made from."""
+    changes = (*TP2_LOW_STATE, *FORMATS[precision], "train.global_batch_size=8")
+    timed = plan_time(planned(*changes, world_size=2))
+    for tokens_per_second in measured:
+        assert timed.tokens_per_second_per_gpu == pytest.approx(tokens_per_second, rel=0.03)
 
 
 @pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 4)])
