@@ -53,7 +53,7 @@ class HashingWriter:
         return self._size
 
     def flush(self) -> None:
-        pass  # nothing is buffered
+        """Do nothing, as nothing is buffered: writers of torch call it."""
 
     def close(self) -> StoredFile:
         """Force the file to disk; returns what it must be from now on."""

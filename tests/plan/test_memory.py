@@ -61,8 +61,8 @@ def test_the_12b_needs_what_was_measured_on_two_gpus(
 
 
 def test_our_12b_needs_what_was_measured_on_two_gpus() -> None:
-    """Fails if the float32 moments of all weights are counted at once, or not even those of a part. Measured by
-    benchmarks/train_step.py (2026-11-27, fp8_block); what the planner misses, 2 GiB, is not known."""
+    """Fails if AdamW is planned to hold the float32 moments of all weights at once, or what a backward pass holds is
+    off. Measured by benchmarks/train_step.py (2026-11-27, fp8_block); what the planner misses, 2 GiB, is not known."""
     (rank,) = memory(*TP2_LOW_STATE, "train.global_batch_size=8", world_size=2)
     assert rank.peak / GIB == pytest.approx(92.9, rel=0.025)
 
