@@ -46,7 +46,7 @@ from nemotron_train.checkpoint.weights_only import holds_only_weights
 from nemotron_train.config.keys import plain
 from nemotron_train.config.load import fingerprint
 from nemotron_train.engine.groups import from_rank_zero, on_all_ranks
-from nemotron_train.engine.optimizer import allocate_state
+from nemotron_train.engine.optimizer import allocate_state, load_state
 from nemotron_train.engine.wrap import weights_complete
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress, Runtime
@@ -193,7 +193,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
         for index, chunk in enumerate(run.chunks):
             take_as_masters(run.optimizer, chunk.module, loaded[f"model{index}"])
     else:
-        run.optimizer.load_state_dict(loaded["optimizer"])
+        load_state(run.optimizer, loaded["optimizer"])
     return commit
 
 

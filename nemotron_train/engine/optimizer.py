@@ -57,13 +57,21 @@ def build_optimizer(
 
 
 def set_hyperparameters(optimizer: Optimizer, optim: OptimSection, learning_rate: float) -> None:
-    """Set what the coming step uses in every parameter group. A loaded checkpoint brings its own values, which must not
-    stay."""
+    """Set what the coming step uses in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
         group["betas"] = (optim.adam_beta1, optim.adam_beta2)
         group["eps"] = optim.adam_epsilon
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load moments, master weights and the count of steps. What else a parameter group says stays: a checkpoint brings
+    settings of the AdamW that wrote it, and torch's and Transformer Engine's each know some that the other lacks."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: value for key, value in settings.items() if key != "step"})
 
 
 def take_step(optimizer: Optimizer) -> OptimizerStep:

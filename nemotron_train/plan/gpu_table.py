@@ -26,7 +26,7 @@ SHAPE = (
     "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "mamba_chunk_size", "vocab_size",
 )  # fmt: skip
 
-FormatMs = Mapping[PrecisionFormat, float]
+ByFormat = Mapping[PrecisionFormat, float]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Gpu:
     memory_gib: float
     model: ModelSection
     tokens: int
-    layer_ms: Mapping[LayerKind, FormatMs]  # a layer among others of its kind: norm, products, core and residual
+    layer_ms: Mapping[LayerKind, ByFormat]  # a layer among others of its kind: norm, products, core and residual
     core_ms: Mapping[LayerKind, float]  # of these: convolution, scan and gated norm; or attention
     norm_and_residual_ms: float  # the same
     head_ms: float  # embedding, final norm, output layer and loss
-    optimizer_ps_per_parameter: float  # AdamW in float32, with norm and clipping; picoseconds
-    tensor_parallel_ms: FormatMs  # a layer at tensor-parallel size 2 beyond half a layer and its traffic
+    optimizer_ps_per_parameter: float  # AdamW in float32 with the norm of the gradients, unclipped; picoseconds
+    first_pass_ps_per_weight: ByFormat  # a step's first micro-batch beyond the others: the weights are quantised
+    tensor_parallel_ms: ByFormat  # a layer at tensor-parallel size 2 beyond half a layer and its traffic
     node_gb_per_s: float  # what a GPU reaches in large collectives within a node, one direction
     network_gb_per_s: float  # the same, through its network adapter
     memory_slowdown: float = 1.0  # of kernels bound by memory, on a card that was not itself measured
@@ -101,6 +102,7 @@ def gpu_from(tree: Any, file: Path, label: str) -> Gpu:
         norm_and_residual_ms=table.number("norm_and_residual_ms"),
         head_ms=table.number("head_ms"),
         optimizer_ps_per_parameter=table.number("optimizer_ps_per_parameter"),
+        first_pass_ps_per_weight=table.by_format("first_pass_ps_per_weight", least=0.0),
         tensor_parallel_ms=table.by_format("tensor_parallel_ms", least=0.0),
         node_gb_per_s=table.number("node_gb_per_s"),
         network_gb_per_s=table.number("network_gb_per_s"),
@@ -179,5 +181,6 @@ class _Table:
                         f"layer_ms.{kind.name}.{format.value}",
                         f"is {whole:g}, less than its parts core_ms and norm_and_residual_ms take ({parts:g})",
                     )
-                if format not in gpu.tensor_parallel_ms:
-                    self.refuse(f"tensor_parallel_ms.{format.value}", "is missing")
+                for key in ("tensor_parallel_ms", "first_pass_ps_per_weight"):
+                    if format not in getattr(gpu, key):
+                        self.refuse(f"{key}.{format.value}", "is missing")

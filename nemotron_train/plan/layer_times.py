@@ -45,7 +45,7 @@ def layer_seconds(
     """Scale the measured layer to this model, sample length, micro-batch and tensor-parallel size."""
     tokens, tp_size = tokens_on_rank(config, seq_length), config.parallel.tensor_parallel_size
     share = share_of_rank(config.model, tp_size)
-    format = _measured_format(format)
+    format = measured_format(format)
     products = gpu.layer_ms_in(kind, format) - gpu.core_ms[kind] - gpu.norm_and_residual_ms
     core = gpu.core_ms[kind] * (gpu.memory_slowdown if kind is LayerKind.mamba else 1.0)
     split = gpu.tensor_parallel_ms[format] * _times(tokens, gpu) if tp_size > 1 else 0.0
@@ -90,7 +90,7 @@ def stage_costs(config: RunConfig, pattern: ParsedPattern, seq_length: int, gpu:
     return StageCosts(layers=tuple(costs), first=0.0, last=head_seconds(config, seq_length, gpu))
 
 
-def _measured_format(format: PrecisionFormat) -> PrecisionFormat:
+def measured_format(format: PrecisionFormat) -> PrecisionFormat:
     """Return the format whose times stand for this one: float32 only to compare layers with each other."""
     return {
         PrecisionFormat.fp32: PrecisionFormat.bf16,

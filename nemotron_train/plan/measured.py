@@ -25,8 +25,8 @@ GPUS = {"h200": H200, "h100": H100}
 
 GPUS_PER_NODE = 8
 OUTSIDE_TORCH_GIB = 3.0  # CUDA context, libraries, NCCL's buffers: not in torch's count of allocated memory; assumed
-# AdamW: master and moments read and written, gradients read thrice, clipped; weights written.
-OPTIMIZER_BYTES_PER_PARAMETER = 42
+# The norm reads the gradients, AdamW reads them, reads and writes masters and moments; masters are read into weights.
+OPTIMIZER_BYTES_PER_PARAMETER = 38
 
 
 def choose_gpu(text: str) -> Gpu:

@@ -130,13 +130,18 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
     )
 
 
+def rank_fp8_weights(plan: RunPlan, rank: int) -> int:
+    """Count the elements of a rank's weights that are multiplied in FP8."""
+    return _quantised(_gemms_of(plan, rank, plan.gemms))
+
+
 def rank_weight_bytes(plan: RunPlan, rank: int) -> int:
     """Return the bytes of a rank's weights, as they are gathered after every update."""
     precision = plan.config.precision
     dense = weight_bytes(precision.format)
     size = rank_parameters(plan, rank) * dense
     if precision.primary_weights is PrimaryWeights.fp8:
-        size -= (dense - 1) * _quantised(_gemms_of(plan, rank, plan.gemms))
+        size -= (dense - 1) * rank_fp8_weights(plan, rank)
     return size
 
 
@@ -223,5 +228,4 @@ def _gemms_of(plan: RunPlan, rank: int, gemms: Sequence[Gemm]) -> list[_Weight]:
 
 
 def _quantised(gemms: Iterable[_Weight]) -> int:
-    """Count the elements of the weights that are multiplied in FP8."""
     return sum(weight.inputs * weight.outputs for weight in gemms if weight.in_fp8)

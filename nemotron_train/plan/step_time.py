@@ -9,12 +9,12 @@ arithmetic.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemotron_train.config.schema import PrecisionFormat
+from nemotron_train.config.schema import PrecisionFormat, Recompute
 from nemotron_train.plan.batching import BatchSegment
 from nemotron_train.plan.gpu_table import Gpu
-from nemotron_train.plan.layer_times import FORWARD_FRACTION, stage_costs
+from nemotron_train.plan.layer_times import FORWARD_FRACTION, measured_format, stage_costs
 from nemotron_train.plan.measured import H200, OPTIMIZER_BYTES_PER_PARAMETER
-from nemotron_train.plan.memory import rank_parameters, rank_weight_bytes
+from nemotron_train.plan.memory import rank_fp8_weights, rank_parameters, rank_weight_bytes
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.pipeline_cut import StageCosts, chunk_costs
 from nemotron_train.plan.run_plan import RunPlan
@@ -27,6 +27,7 @@ from nemotron_train.plan.traffic import (
 )
 
 SECONDS_PER_DAY = 86_400
+GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StepTime:
     bubble: float  # waiting while the pipeline fills and drains
     pipeline_traffic: float
     data_traffic: float  # gradients and weights that nothing hides
-    optimizer: float  # clearing gradients, norm, clipping, AdamW
+    optimizer: float  # norm of the gradients, AdamW, quantising the new weights
 
     @property
     def total(self) -> float:
@@ -144,8 +145,11 @@ def _exposed_data_traffic(plan: RunPlan, parameters: int, micro_batch_seconds: f
 
 
 def _optimizer_seconds(plan: RunPlan, parameters: int, gpu: Gpu) -> float:
-    """Clear all gradients, and update this rank's shard; both are bound by memory."""
-    shards = plan.layout.data * plan.layout.context
-    per_byte = 1e-12 * gpu.optimizer_ps_per_parameter / OPTIMIZER_BYTES_PER_PARAMETER * gpu.memory_slowdown
-    cleared = 4 * parameters
-    return (cleared + OPTIMIZER_BYTES_PER_PARAMETER * parameters / shards) * per_byte
+    """Update this rank's shard, and quantise all its new weights in the first micro-batch; bound by memory."""
+    config, shards = plan.config, plan.layout.data * plan.layout.context
+    updated = gpu.optimizer_ps_per_parameter * parameters / shards
+    if config.train.recompute is Recompute.full:  # elsewhere the first micro-batch's gradients overwrite the old
+        updated += gpu.optimizer_ps_per_parameter * parameters * GRADIENT_BYTES / OPTIMIZER_BYTES_PER_PARAMETER
+    fp8_weights = max(rank_fp8_weights(plan, rank) for rank in range(plan.layout.pipeline))
+    quantised = fp8_weights * gpu.first_pass_ps_per_weight[measured_format(config.precision.format)]
+    return 1e-12 * (updated + quantised) * gpu.memory_slowdown

@@ -99,10 +99,12 @@ class _WithoutTransformerEngine(pickle.Unpickler):
     """Reads a state with a recipe object in it where the library that defines it is missing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return _Unread if module.startswith("transformer_engine.") else super().find_class(module, name)
+        return Unread if module.startswith("transformer_engine.") else super().find_class(module, name)
 
 
-class _Unread:
+class Unread:
+    """Stands in for an object of Transformer Engine inside a stored state."""
+
     def __init__(self, *args: Any) -> None:
         pass
 

@@ -100,7 +100,7 @@ def build_chunk(bench: Bench, kinds: tuple[LayerKind, ...], *, has_ends: bool) -
     return wrapped
 
 
-def layer_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat) -> float:
+def layer_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat, *, is_first_micro_batch: bool = False) -> float:
     """Return the time of one layer of a stack of its kind, forward and backward."""
     bench = bench.with_layers(kind.value * STACKED, format)
     chunk = build_chunk(bench, (kind,) * STACKED, has_ends=False)
@@ -108,6 +108,8 @@ def layer_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat) -> float:
 
     def forward_backward() -> None:
         x_sBD.grad = None
+        if is_first_micro_batch:
+            chunk.module.set_is_first_microbatch()
         chunk.module.set_input_tensor(x_sBD)
         with chunk.no_sync():  # as in every micro-batch but a step's last
             chunk(None).backward(gradient_sBD)

@@ -17,6 +17,7 @@ from nemotron_train.optim.parameter_groups import VECTOR_GROUPS
 from nemotron_train.plan.gpu_table import FORMATS
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.run_plan import plan_run
+from nemotron_train.plan.sizes import mlp_weights
 from nemotron_train.probe.chunks import STACKED, Bench, build_chunk, layer_ms, residual
 
 Measurement = tuple[str, Callable[[], float]]  # key of the table, what measures it
@@ -35,6 +36,8 @@ def measurements(bench: Bench) -> Iterator[Measurement]:
     yield "norm_and_residual_ms", partial(norm_and_residual_ms, bench)
     yield "head_ms", partial(head_ms, bench)
     yield "optimizer_ps_per_parameter", partial(optimizer_ps_per_parameter, bench)
+    for format in FORMATS:
+        yield f"first_pass_ps_per_weight.{format.value}", partial(first_pass_ps_per_weight, bench, format)
 
 
 def mamba_core_ms(bench: Bench) -> float:
@@ -107,13 +110,14 @@ def head_ms(bench: Bench) -> float:
 
 
 def optimizer_ps_per_parameter(bench: Bench) -> float:
-    """Return AdamW's step with the norm of all gradients and their clipping, by parameter of a stack of MLP layers."""
+    """Return AdamW's step with the norm of all gradients, by parameter of a stack of MLP layers. The norm is too small
+    to be clipped, as in most steps of a run."""
     bench = bench.with_layers(LayerKind.mlp.value * STACKED, PrecisionFormat.bf16)
     chunk = build_chunk(bench, (LayerKind.mlp,) * STACKED, has_ends=False)
     optimizer = build_optimizer(build_optimizer_config(bench.config), [chunk], VECTOR_GROUPS)
     parameters = sum(parameter.numel() for parameter in chunk.parameters())
     for buffer in chunk.buffers:
-        buffer.grad_data.fill_(1.0)  # a norm that is clipped every time
+        buffer.grad_data.fill_(1e-6)
 
     def update() -> None:
         set_hyperparameters(optimizer, bench.config.optim, bench.config.lr.peak)
@@ -121,3 +125,10 @@ def optimizer_ps_per_parameter(bench: Bench) -> float:
         assert take_step(optimizer).updated
 
     return 1e9 * bench.median_ms(update) / parameters
+
+
+def first_pass_ps_per_weight(bench: Bench, format: PrecisionFormat) -> float:
+    """Return how much longer MLP layers take in a step's first micro-batch, which quantises their weights."""
+    first = layer_ms(bench, LayerKind.mlp, format, is_first_micro_batch=True)
+    later = layer_ms(bench, LayerKind.mlp, format)
+    return max(1e9 * (first - later) / mlp_weights(bench.config.model), 0.0)

@@ -43,7 +43,8 @@ def measure_one_gpu(bench: Bench, tell: Tell) -> dict[str, Any]:
             "weights quantised before, as in a micro-batch that is not a step's first; medians",
             "core_ms": "alone, in bf16",
             "head_ms": "a model without layers: embedding, final norm, output layer, loss",
-            "optimizer_ps_per_parameter": "float32 moments and gradients, norm and clipping; four MLP layers",
+            "optimizer_ps_per_parameter": "float32 moments and gradients, with a norm that needs no clipping; four MLP layers",
+            "first_pass_ps_per_weight": "four MLP layers with weights quantised in every pass, less layer_ms",
             **{name: SHIPPED for name in ("tensor_parallel_ms", "node_gb_per_s", "network_gb_per_s")},
         },
     }

@@ -3,7 +3,11 @@
 import io
 import pickle
 import queue
+import sys
+import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +174,35 @@ def test_fp8_state_is_looked_into_before_transformer_engine_unpickles_it(tmp_pat
         with pytest.raises(DamagedCheckpoint, match="FP8 state layer is refused"):
             check_fp8_state("layer", bytes_tensor(crafted))
     assert not mark.exists()
+
+
+class Format(Enum):
+    """Stands in for Transformer Engine's, which is in the bytes its layers write; so does the next."""
+
+    HYBRID = ("e4m3", "e5m2")
+
+
+@dataclass
+class DelayedScaling:
+    fp8_format: Format = Format.HYBRID
+    amax_history_len: int = 1024
+
+
+def test_fp8_state_is_looked_into_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a checkpoint of delayed scaling, whose state names classes of Transformer Engine, is called damaged on a
+    machine without it, or if one of its classes that holds no state is let through."""
+    library = types.ModuleType("transformer_engine.common.recipe")
+    library.Format, library.DelayedScaling = Format, DelayedScaling
+    with monkeypatch.context() as patch:
+        for name in ("transformer_engine", "transformer_engine.common"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, library.__name__, library)
+        for known in (Format, DelayedScaling):
+            patch.setattr(known, "__module__", library.__name__)
+        written = bytes_tensor({"recipe": DelayedScaling(), "scale_fwd": torch.ones(3)})
+    assert b"transformer_engine" in bytes(written.tolist())
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    check_fp8_state("layer", written)
+    other = bytes(written.tolist()).replace(b"DelayedScaling", b"DelayedTouches")
+    with pytest.raises(DamagedCheckpoint, match="DelayedTouches"):
+        check_fp8_state("layer", torch.frombuffer(bytearray(other), dtype=torch.uint8))
