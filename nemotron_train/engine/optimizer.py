@@ -72,6 +72,8 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update({key: value for key, value in settings.items() if key != "step"})
+        if "step" in group:
+            group["step"] = int(group["step"])  # torch counts in a float, which Transformer Engine's kernel refuses
 
 
 def take_step(optimizer: Optimizer) -> OptimizerStep:

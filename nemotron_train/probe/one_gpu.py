@@ -4,6 +4,7 @@ The keys are those of a table (`plan/gpu_table.py`).
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,10 +19,11 @@ from nemotron_train.plan.gpu_table import FORMATS
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.plan.sizes import mlp_weights
-from nemotron_train.probe.chunks import STACKED, Bench, build_chunk, layer_ms, residual
+from nemotron_train.probe.chunks import Bench, build_chunk, layer_ms, residual
 
 Measurement = tuple[str, Callable[[], float]]  # key of the table, what measures it
 SHORT_CALLS = 4  # at once, of what takes a few milliseconds
+UPDATED = 12  # MLP layers whose update is measured: 45 GB of state, long against what starting it takes
 
 # Shapes: S sequence, B micro-batch, D hidden, H heads, G query groups, P head dim, f packed projection, V vocabulary.
 
@@ -31,6 +33,7 @@ def measurements(bench: Bench) -> Iterator[Measurement]:
     for kind in LayerKind:
         for format in FORMATS:
             yield f"layer_ms.{kind.name}.{format.value}", partial(layer_ms, bench, kind, format)
+            yield f"layer_fixed_ms.{kind.name}.{format.value}", partial(layer_fixed_ms, bench, kind, format)
     yield "core_ms.mamba", partial(mamba_core_ms, bench)
     yield "core_ms.attention", partial(attention_core_ms, bench)
     yield "norm_and_residual_ms", partial(norm_and_residual_ms, bench)
@@ -38,6 +41,21 @@ def measurements(bench: Bench) -> Iterator[Measurement]:
     yield "optimizer_ps_per_parameter", partial(optimizer_ps_per_parameter, bench)
     for format in FORMATS:
         yield f"first_pass_ps_per_weight.{format.value}", partial(first_pass_ps_per_weight, bench, format)
+
+
+def layer_fixed_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat) -> float:
+    """Return what a layer takes without tokens, along the line through its times with half of them and with all.
+
+    Attention's core, which grows with their square, is left out of both.
+    """
+
+    def without_core(bench: Bench) -> float:
+        core = attention_core_ms(bench) if kind is LayerKind.attention else 0.0
+        return layer_ms(bench, kind, format) - core
+
+    half = replace(bench.config.train, seq_length=bench.config.train.seq_length // 2)
+    with_half = replace(bench, config=replace(bench.config, train=half))
+    return max(2 * without_core(with_half) - without_core(bench), 0.0)
 
 
 def mamba_core_ms(bench: Bench) -> float:
@@ -112,8 +130,8 @@ def head_ms(bench: Bench) -> float:
 def optimizer_ps_per_parameter(bench: Bench) -> float:
     """Return AdamW's step with the norm of all gradients, by parameter of a stack of MLP layers. The norm is too small
     to be clipped, as in most steps of a run."""
-    bench = bench.with_layers(LayerKind.mlp.value * STACKED, PrecisionFormat.bf16)
-    chunk = build_chunk(bench, (LayerKind.mlp,) * STACKED, has_ends=False)
+    bench = bench.with_layers(LayerKind.mlp.value * UPDATED, PrecisionFormat.bf16)
+    chunk = build_chunk(bench, (LayerKind.mlp,) * UPDATED, has_ends=False)
     optimizer = build_optimizer(build_optimizer_config(bench.config), [chunk], VECTOR_GROUPS)
     parameters = sum(parameter.numel() for parameter in chunk.parameters())
     for buffer in chunk.buffers:

@@ -250,8 +250,9 @@ def test_delayed_scaling_may_begin_and_end_with_any_checkpoint(ranks: RankPool, 
         assert torch.equal(contents[2][name], tensor), name
 
 
-def settings_after_loading(config: RunConfig, folder: Path) -> list[tuple[bool | None, float, float]]:
-    """Load into a run whose AdamW has a setting that torch's lacks; returns that, another, and the step, by group."""
+def settings_after_loading(config: RunConfig, folder: Path) -> list[tuple[bool | None, float, float, bool]]:
+    """Load into a run whose AdamW has a setting that torch's lacks; returns that, another, and the step, by group, and
+    whether it is a whole number."""
     with live_run(config) as run:
         for group in run.optimizer.param_groups:
             group["bias_correction"], group["eps"] = True, 3e-7
@@ -260,18 +261,18 @@ def settings_after_loading(config: RunConfig, folder: Path) -> list[tuple[bool |
         found = []
         for group in part.optimizer.param_groups:
             (step,) = {float(part.optimizer.state[parameter]["step"]) for parameter in group["params"]}
-            found.append((group.get("bias_correction"), group["eps"], step))
+            found.append((group.get("bias_correction"), group["eps"], step, isinstance(group["step"], int)))
         return found
 
 
 def test_a_checkpoint_brings_no_settings_of_the_optimizer(ranks: RankPool, tmp_path: Path) -> None:
     """Fails if a setting that only this machine's AdamW has is gone after loading, as Transformer Engine's
     `bias_correction` is from a checkpoint that torch's AdamW wrote, if one comes back with the checkpoint, or if the
-    count of steps does not."""
+    count of steps does not, as a whole number, without which Transformer Engine's kernel refuses to run."""
     ranks.run(start_and_save, 1, config_of(tmp_path / "first", {}), None, 2)
     (groups,) = ranks.run(settings_after_loading, 1, config_of(tmp_path, {}), saved(tmp_path / "first"))
     assert len(groups) > 1
-    assert set(groups) == {(True, 3e-7, 2.0)}
+    assert set(groups) == {(True, 3e-7, 2.0, True)}
 
 
 def load_errors(config: RunConfig, folders: list[Path]) -> list[str]:
