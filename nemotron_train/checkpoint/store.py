@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -164,7 +164,7 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     """Load weights, master weights and moments from a checkpoint written under any layout.
 
     One without optimizer state (`weights_only.py`) leaves the moments as they are and makes its weights the master
-    weights. One without FP8 state, which delayed scaling alone has, leaves that as it is: its history begins anew.
+    weights. FP8 state that is not in it, which delayed scaling alone has, stays as it is: its history begins anew.
 
     Args:
         check: raises if the run must not go on from this commit; called before anything is loaded.
@@ -179,8 +179,8 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     only_weights = holds_only_weights(commit)
     state = sharded_weights(run) if only_weights else sharded_state(run, is_loading=True)
     state = {key: loaded_as_plain(part) if key.startswith("model") else part for key, part in state.items()}
-    if not any(_FP8_STATE in key for key in table.state_dict_metadata):
-        state = {key: _without_fp8_state(part) if key.startswith("model") else part for key, part in state.items()}
+    stored = table.state_dict_metadata
+    state = {key: _stored_fp8_state(part, stored) if key.startswith("model") else part for key, part in state.items()}
     try:
         loaded = read_files(state, folder, commit, common, table)
     except _LOAD_ERRORS as error:
@@ -211,8 +211,12 @@ def _check_fp8_states(loaded: dict[str, Any]) -> None:
                     check_fp8_state(name, value)
 
 
-def _without_fp8_state(weights: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in weights.items() if not name.endswith(_FP8_STATE)}
+def _stored_fp8_state(weights: dict[str, Any], stored: Container[str]) -> dict[str, Any]:
+    """Leave out FP8 state that is not stored: nothing is where the run had no delayed scaling, and the emulation has
+    none for what Transformer Engine also keeps it for, norms and attention, and never reads."""
+    return {
+        name: value for name, value in weights.items() if not name.endswith(_FP8_STATE) or value.unique_key in stored
+    }
 
 
 def sharded_state(run: Runtime, *, is_loading: bool) -> dict[str, Any]:

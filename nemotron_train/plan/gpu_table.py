@@ -40,8 +40,7 @@ class Gpu:
     model: ModelSection
     tokens: int
     layer_ms: Mapping[LayerKind, ByFormat]  # a layer among others of its kind: norm, products, core and residual
-    layer_fixed_ms: Mapping[LayerKind, ByFormat]  # of these: what fewer tokens do not shorten, such as starting kernels
-    core_ms: Mapping[LayerKind, float]  # the same: convolution, scan and gated norm; or attention
+    core_ms: Mapping[LayerKind, float]  # of these: convolution, scan and gated norm; or attention
     norm_and_residual_ms: float  # the same
     head_ms: float  # embedding, final norm, output layer and loss
     optimizer_ps_per_parameter: float  # AdamW in float32 with the norm of the gradients, unclipped; picoseconds
@@ -95,7 +94,6 @@ def gpu_from(tree: Any, file: Path, label: str) -> Gpu:
         model=table.model(),
         tokens=int(table.number("tokens")),
         layer_ms={kind: table.by_format(f"layer_ms.{kind.name}") for kind in LayerKind},
-        layer_fixed_ms={kind: table.by_format(f"layer_fixed_ms.{kind.name}", least=0.0) for kind in LayerKind},
         core_ms={
             LayerKind.mamba: table.number("core_ms.mamba"),
             LayerKind.attention: table.number("core_ms.attention"),
@@ -176,15 +174,12 @@ class _Table:
     def check_parts(self, gpu: Gpu) -> None:
         """Refuse a layer that takes less than its parts: its products would take no time, or less."""
         for kind, by_format in gpu.layer_ms.items():
+            parts = gpu.core_ms[kind] + gpu.norm_and_residual_ms
             for format, whole in by_format.items():
-                if format not in gpu.layer_fixed_ms[kind]:
-                    self.refuse(f"layer_fixed_ms.{kind.name}.{format.value}", "is missing")
-                parts = gpu.core_ms[kind] + gpu.norm_and_residual_ms + gpu.layer_fixed_ms[kind][format]
                 if whole <= parts:
                     self.refuse(
                         f"layer_ms.{kind.name}.{format.value}",
-                        f"is {whole:g}, less than its parts core_ms, layer_fixed_ms and norm_and_residual_ms take "
-                        f"({parts:g})",
+                        f"is {whole:g}, less than its parts core_ms and norm_and_residual_ms take ({parts:g})",
                     )
                 for key in ("tensor_parallel_ms", "first_pass_ps_per_weight"):
                     if format not in getattr(gpu, key):

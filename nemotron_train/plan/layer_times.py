@@ -32,12 +32,11 @@ class LayerSeconds:
     products: float  # linear layers, quantisation included
     core: float  # convolution, scan and gated norm; or attention
     elementwise: float  # norm and residual
-    fixed: float  # what fewer tokens or weights do not shorten
     tensor_parallel: float  # what splitting the layer costs besides traffic
 
     @property
     def total(self) -> float:
-        return self.products + self.core + self.elementwise + self.fixed + self.tensor_parallel
+        return self.products + self.core + self.elementwise + self.tensor_parallel
 
 
 def layer_seconds(
@@ -47,8 +46,7 @@ def layer_seconds(
     tokens, tp_size = tokens_on_rank(config, seq_length), config.parallel.tensor_parallel_size
     share = share_of_rank(config.model, tp_size)
     format = measured_format(format)
-    fixed = gpu.layer_fixed_ms[kind][format]
-    products = gpu.layer_ms_in(kind, format) - gpu.core_ms[kind] - gpu.norm_and_residual_ms - fixed
+    products = gpu.layer_ms_in(kind, format) - gpu.core_ms[kind] - gpu.norm_and_residual_ms
     core = gpu.core_ms[kind] * (gpu.memory_slowdown if kind is LayerKind.mamba else 1.0)
     split = gpu.tensor_parallel_ms[format] * _times(tokens, gpu) if tp_size > 1 else 0.0
     return LayerSeconds(
@@ -59,7 +57,6 @@ def layer_seconds(
         * gpu.memory_slowdown
         * (tokens.residual / gpu.tokens)
         * (share.hidden_size / gpu.model.hidden_size),
-        fixed=1e-3 * fixed,
         tensor_parallel=1e-3 * split,
     )
 

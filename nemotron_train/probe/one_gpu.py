@@ -4,7 +4,6 @@ The keys are those of a table (`plan/gpu_table.py`).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,7 +32,6 @@ def measurements(bench: Bench) -> Iterator[Measurement]:
     for kind in LayerKind:
         for format in FORMATS:
             yield f"layer_ms.{kind.name}.{format.value}", partial(layer_ms, bench, kind, format)
-            yield f"layer_fixed_ms.{kind.name}.{format.value}", partial(layer_fixed_ms, bench, kind, format)
     yield "core_ms.mamba", partial(mamba_core_ms, bench)
     yield "core_ms.attention", partial(attention_core_ms, bench)
     yield "norm_and_residual_ms", partial(norm_and_residual_ms, bench)
@@ -41,21 +39,6 @@ def measurements(bench: Bench) -> Iterator[Measurement]:
     yield "optimizer_ps_per_parameter", partial(optimizer_ps_per_parameter, bench)
     for format in FORMATS:
         yield f"first_pass_ps_per_weight.{format.value}", partial(first_pass_ps_per_weight, bench, format)
-
-
-def layer_fixed_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat) -> float:
-    """Return what a layer takes without tokens, along the line through its times with half of them and with all.
-
-    Attention's core, which grows with their square, is left out of both.
-    """
-
-    def without_core(bench: Bench) -> float:
-        core = attention_core_ms(bench) if kind is LayerKind.attention else 0.0
-        return layer_ms(bench, kind, format) - core
-
-    half = replace(bench.config.train, seq_length=bench.config.train.seq_length // 2)
-    with_half = replace(bench, config=replace(bench.config, train=half))
-    return max(2 * without_core(with_half) - without_core(bench), 0.0)
 
 
 def mamba_core_ms(bench: Bench) -> float:

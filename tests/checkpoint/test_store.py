@@ -250,6 +250,29 @@ def test_delayed_scaling_may_begin_and_end_with_any_checkpoint(ranks: RankPool, 
         assert torch.equal(contents[2][name], tensor), name
 
 
+def scales_loaded_beside_a_norm_with_state(config: RunConfig, folder: Path) -> list[float]:
+    """Load into a run whose last norm has FP8 state too; returns a layer's scales."""
+    with live_run(config) as run:
+        decoder = run.chunks[0].module.decoder
+        norm = type(decoder.final_norm)
+        state = {"get_extra_state": lambda self: torch.zeros(3, dtype=torch.uint8), "set_extra_state": lambda *_: None}
+        decoder.final_norm.__class__ = type("NormWithState", (norm,), state)
+        load_checkpoint(run, folder, lambda commit: None)
+        return next(iter(decoder.layers)).mixer.in_proj.quantizers.scales.forward.scale_Q.tolist()
+
+
+def test_the_emulations_checkpoint_lacks_the_state_of_transformer_engines_norms(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    """Fails if a run of delayed scaling cannot go from the CPU to a GPU because Transformer Engine keeps FP8 state for
+    modules that quantise nothing, or if the state of the others is left out then."""
+    config = fp8_config(Path("unused"), tmp_path / "first", PrecisionFormat.fp8_delayed, steps=8)
+    ranks.run(start_and_save, 1, config, None, 2)
+    folder = saved(tmp_path / "first")
+    (scales,) = ranks.run(scales_loaded_beside_a_norm_with_state, 1, config, folder)
+    assert 1.0 not in scales[:2], "what a layer starts with"
+
+
 def settings_after_loading(config: RunConfig, folder: Path) -> list[tuple[bool | None, float, float, bool]]:
     """Load into a run whose AdamW has a setting that torch's lacks; returns that, another, and the step, by group, and
     whether it is a whole number."""

@@ -32,7 +32,6 @@ TINY = (
     "model.attention_head_dim=16", "model.mamba_num_heads=16", "model.mamba_head_dim=8", "model.mamba_num_groups=2",
     "model.mamba_state_dim=16", "model.mamba_chunk_size=32", "model.vocab_size=512", "train.seq_length=128",
 )  # fmt: skip
-CAN_BE_ZERO = ("tensor_parallel_ms", "layer_fixed_ms", "first_pass_ps_per_weight")
 SHARE_OF_PARTS = 1.5  # what a layer takes of its parts at least, in the table that the planner reads
 
 
@@ -54,9 +53,7 @@ def mend(table: dict[str, Any]) -> dict[str, Any]:
     table = copy.deepcopy(table)
     for kind, by_format in table["layer_ms"].items():
         parts = table["core_ms"].get(kind, 0.0) + table["norm_and_residual_ms"]
-        for name, ms in by_format.items():
-            table["layer_fixed_ms"][kind][name] = min(table["layer_fixed_ms"][kind][name], ms / 4)
-            by_format[name] = max(ms, SHARE_OF_PARTS * parts)
+        table["layer_ms"][kind] = {name: max(ms, SHARE_OF_PARTS * parts) for name, ms in by_format.items()}
     return table
 
 
@@ -78,7 +75,9 @@ def test_a_probe_fills_a_table(ranks: RankPool) -> None:
     """Fails if a measurement does not run on the real layers, or its result is not where the planner looks."""
     table, told = _probed(ranks)
     assert len(told) == len(set(told)) == command.MEASUREMENTS_OF_ONE
-    never_zero = {key: value for key, value in table.items() if key not in CAN_BE_ZERO}
+    never_zero = {
+        key: value for key, value in table.items() if key not in ("tensor_parallel_ms", "first_pass_ps_per_weight")
+    }
     assert all(math.isfinite(number) and number > 0 for number in numbers(never_zero))
     for kind in LayerKind:
         assert list(table["layer_ms"][kind.name]) == [format.value for format in FORMATS]
@@ -129,9 +128,7 @@ def _measure_two() -> tuple[dict[str, Any], float]:
         }
         # With layers that take no time by the table, all that a split layer takes is beyond it.
         instant = {kind: {format: 1e-9 for format in FORMATS} for kind in LayerKind}
-        nothing = {kind: dict.fromkeys(FORMATS, 0.0) for kind in LayerKind}
         gpu = replace(H200, layer_ms=instant, core_ms=dict.fromkeys(LayerKind, 0.0), norm_and_residual_ms=0.0)
-        gpu = replace(gpu, layer_fixed_ms=nothing)
         enter_all(table, two_gpus.measurements(bench, table, lambda tree: gpu), lambda key: None)
         note_two_gpus(table)
         return table, layer_ms(bench, LayerKind.mlp, FORMATS[0])

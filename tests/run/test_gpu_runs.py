@@ -35,7 +35,7 @@ SIZES = dict(
 ALL = ("bf16", "fp8_block", "fp8_current", "fp8_delayed", "fp8_block_weights", "fp8_current_weights")
 BETWEEN = ("bf16", "fp8_block", "fp8_delayed")  # whose checkpoints go between CPU and GPU; the last has state of FP8
 
-FOLLOWS = 2e-3  # relative difference of losses
+FOLLOWS = 1e-3  # relative difference of losses
 
 Job = tuple[RunConfig, int | None]  # a run, and the step after which it is stopped
 
