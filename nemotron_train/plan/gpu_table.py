@@ -42,6 +42,8 @@ class Gpu:
     layer_ms: Mapping[LayerKind, ByFormat]  # a layer among others of its kind: norm, products, core and residual
     core_ms: Mapping[LayerKind, float]  # of these: convolution, scan and gated norm; or attention
     norm_and_residual_ms: float  # the same
+    # What the CPU takes to start the kernels of a layer, forward and backward.
+    launch_ms: Mapping[LayerKind, Mapping[PrecisionFormat, tuple[float, float]]]
     head_ms: float  # embedding, final norm, output layer and loss
     optimizer_ps_per_parameter: float  # AdamW in float32 with the norm of the gradients, unclipped; picoseconds
     first_pass_ps_per_weight: ByFormat  # a step's first micro-batch beyond the others: the weights are quantised
@@ -100,6 +102,7 @@ def gpu_from(tree: Any, file: Path, label: str) -> Gpu:
             LayerKind.mlp: 0.0,
         },
         norm_and_residual_ms=table.number("norm_and_residual_ms"),
+        launch_ms={kind: table.pairs_by_format(f"launch_ms.{kind.name}") for kind in LayerKind},
         head_ms=table.number("head_ms"),
         optimizer_ps_per_parameter=table.number("optimizer_ps_per_parameter"),
         first_pass_ps_per_weight=table.by_format("first_pass_ps_per_weight", least=0.0),
@@ -144,7 +147,9 @@ class _Table:
 
     def number(self, key: str, least: float | None = None) -> float:
         """Return a finite number: above zero, or at least `least`."""
-        found = self.value(key)
+        return self._checked(key, self.value(key), least)
+
+    def _checked(self, key: str, found: Any, least: float | None) -> float:
         if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found):
             self.refuse(key, f"is {json.dumps(found)}, expected a number")
         if found <= 0 if least is None else found < least:
@@ -153,13 +158,27 @@ class _Table:
 
     def by_format(self, key: str, least: float | None = None) -> dict[PrecisionFormat, float]:
         """Read one number a format; only bf16 must be there."""
+        return {format: self.number(f"{key}.{format.value}", least) for format in self._formats(key)}
+
+    def pairs_by_format(self, key: str) -> dict[PrecisionFormat, tuple[float, float]]:
+        """Read two numbers a format, none below zero."""
+        pairs = {}
+        for format in self._formats(key):
+            name = f"{key}.{format.value}"
+            pair = self.value(name)
+            if not isinstance(pair, list) or len(pair) != 2:
+                self.refuse(name, f"is {json.dumps(pair)}, expected two numbers, forward and backward")
+            pairs[format] = (self._checked(name, pair[0], 0.0), self._checked(name, pair[1], 0.0))
+        return pairs
+
+    def _formats(self, key: str) -> list[PrecisionFormat]:
         found = self.value(key)
         names = {format.value: format for format in FORMATS}
         self.value(f"{key}.{PrecisionFormat.bf16.value}")
         for name in found:
             if name not in names:
                 self.refuse(f"{key}.{name}", f"is none of the formats {', '.join(names)}")
-        return {names[name]: self.number(f"{key}.{name}", least) for name in found}
+        return [names[name] for name in found]
 
     def model(self) -> ModelSection:
         reader = Reader()
@@ -181,6 +200,10 @@ class _Table:
                         f"layer_ms.{kind.name}.{format.value}",
                         f"is {whole:g}, less than its parts core_ms and norm_and_residual_ms take ({parts:g})",
                     )
-                for key in ("tensor_parallel_ms", "first_pass_ps_per_weight"):
-                    if format not in getattr(gpu, key):
+                for key, present in (
+                    ("tensor_parallel_ms", gpu.tensor_parallel_ms),
+                    ("first_pass_ps_per_weight", gpu.first_pass_ps_per_weight),
+                    (f"launch_ms.{kind.name}", gpu.launch_ms[kind]),
+                ):
+                    if format not in present:
                         self.refuse(f"{key}.{format.value}", "is missing")

@@ -33,10 +33,15 @@ class LayerSeconds:
     core: float  # convolution, scan and gated norm; or attention
     elementwise: float  # norm and residual
     tensor_parallel: float  # what splitting the layer costs besides traffic
+    forward_launch: float  # what the CPU takes to start the kernels, beside the GPU's work
+    backward_launch: float
 
     @property
     def total(self) -> float:
-        return self.products + self.core + self.elementwise + self.tensor_parallel
+        """The GPU's work, or the CPU's where it starts the kernels of a small share more slowly than they run."""
+        work = self.products + self.core + self.elementwise + self.tensor_parallel
+        forward = FORWARD_FRACTION * work
+        return max(forward, self.forward_launch) + max(work - forward, self.backward_launch)
 
 
 def layer_seconds(
@@ -58,6 +63,8 @@ def layer_seconds(
         * (tokens.residual / gpu.tokens)
         * (share.hidden_size / gpu.model.hidden_size),
         tensor_parallel=1e-3 * split,
+        forward_launch=1e-3 * gpu.launch_ms[kind][format][0],
+        backward_launch=1e-3 * gpu.launch_ms[kind][format][1],
     )
 
 

@@ -29,7 +29,7 @@ from nemotron_train.probe.chunks import Bench, free_memory, probed_config
 from nemotron_train.probe.table import enter_all, measure_one_gpu, note_two_gpus, write_table
 
 TIMEOUT_SECONDS = 600
-MEASUREMENTS_OF_ONE, MEASUREMENTS_OF_TWO = 17, 4
+MEASUREMENTS_OF_ONE, MEASUREMENTS_OF_TWO = 26, 4
 console = Console(stderr=True)
 
 

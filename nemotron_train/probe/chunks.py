@@ -40,6 +40,7 @@ PROBED = (  # the model of the shipped table, with samples of its length
     "precision=bf16",
 )
 WARMUP, REPEATS = 3, 8
+LAUNCHED_TOKENS = 256  # whole blocks of FP8
 STACKED = 4  # layers of a kind, so that each follows and is followed by another
 
 
@@ -100,21 +101,54 @@ def build_chunk(bench: Bench, kinds: tuple[LayerKind, ...], *, has_ends: bool) -
     return wrapped
 
 
+class LayerStack:
+    """Some layers of a kind, and a hidden state to run them on."""
+
+    def __init__(self, bench: Bench, kind: LayerKind, format: PrecisionFormat) -> None:
+        bench = bench.with_layers(kind.value * STACKED, format)
+        self.chunk = build_chunk(bench, (kind,) * STACKED, has_ends=False)
+        self.x_sBD, self.gradient_sBD = residual(bench), residual(bench).detach()
+
+    def forward(self) -> Tensor:
+        self.x_sBD.grad = None
+        self.chunk.module.set_input_tensor(self.x_sBD)
+        return self.chunk(None)
+
+    def backward(self, y_sBD: Tensor) -> None:
+        with self.chunk.no_sync():  # as in every micro-batch but a step's last
+            y_sBD.backward(self.gradient_sBD)
+
+    def quantise_in_next_pass(self) -> None:
+        self.chunk.module.set_is_first_microbatch()
+
+
 def layer_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat, *, is_first_micro_batch: bool = False) -> float:
     """Return the time of one layer of a stack of its kind, forward and backward."""
-    bench = bench.with_layers(kind.value * STACKED, format)
-    chunk = build_chunk(bench, (kind,) * STACKED, has_ends=False)
-    x_sBD, gradient_sBD = residual(bench), residual(bench).detach()
+    stack = LayerStack(bench, kind, format)
 
     def forward_backward() -> None:
-        x_sBD.grad = None
         if is_first_micro_batch:
-            chunk.module.set_is_first_microbatch()
-        chunk.module.set_input_tensor(x_sBD)
-        with chunk.no_sync():  # as in every micro-batch but a step's last
-            chunk(None).backward(gradient_sBD)
+            stack.quantise_in_next_pass()
+        stack.backward(stack.forward())
 
     return bench.median_ms(forward_backward) / STACKED
+
+
+def launch_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat) -> tuple[float, float]:
+    """Return what the CPU takes to start the kernels of one layer, forward and backward: with samples so short that the
+    GPU does not hold it up."""
+    short = replace(bench.config.train, seq_length=min(LAUNCHED_TOKENS, bench.config.train.seq_length))
+    stack = LayerStack(replace(bench, config=replace(bench.config, train=short)), kind, format)
+    spent = []
+    for _ in range(WARMUP + bench.repeats):
+        bench.platform.synchronize()
+        began = time.perf_counter()
+        y_sBD = stack.forward()
+        turned = time.perf_counter()
+        stack.backward(y_sBD)
+        spent.append((turned - began, time.perf_counter() - turned))
+    forward, backward = (statistics.median(times) for times in zip(*spent[WARMUP:], strict=True))
+    return 1e3 * forward / STACKED, 1e3 * backward / STACKED
 
 
 def residual(bench: Bench) -> Tensor:

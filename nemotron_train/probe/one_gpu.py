@@ -18,9 +18,9 @@ from nemotron_train.plan.gpu_table import FORMATS
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.plan.sizes import mlp_weights
-from nemotron_train.probe.chunks import Bench, build_chunk, layer_ms, residual
+from nemotron_train.probe.chunks import Bench, build_chunk, launch_ms, layer_ms, residual
 
-Measurement = tuple[str, Callable[[], float]]  # key of the table, what measures it
+Measurement = tuple[str, Callable[[], float | tuple[float, ...]]]  # key of the table, what measures it
 SHORT_CALLS = 4  # at once, of what takes a few milliseconds
 UPDATED = 12  # MLP layers whose update is measured: 45 GB of state, long against what starting it takes
 
@@ -32,6 +32,9 @@ def measurements(bench: Bench) -> Iterator[Measurement]:
     for kind in LayerKind:
         for format in FORMATS:
             yield f"layer_ms.{kind.name}.{format.value}", partial(layer_ms, bench, kind, format)
+    for kind in LayerKind:
+        for format in FORMATS:
+            yield f"launch_ms.{kind.name}.{format.value}", partial(launch_ms, bench, kind, format)
     yield "core_ms.mamba", partial(mamba_core_ms, bench)
     yield "core_ms.attention", partial(attention_core_ms, bench)
     yield "norm_and_residual_ms", partial(norm_and_residual_ms, bench)

@@ -8,6 +8,7 @@ import pytest
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.plan.layer_times import layer_seconds
 from nemotron_train.plan.measured import H100, H200
+from nemotron_train.plan.memory import rank_fp8_weights
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.step_time import bubble_seconds, plan_time, slowest_rank, step_time
 from tests.plan import simulated_pipeline
@@ -42,6 +43,35 @@ def test_what_splitting_costs_is_added_to_layers_that_are_split(tp_size: int, ad
     for kind in LayerKind:
         free, split = (layer_seconds(kind, PrecisionFormat.bf16, config, 8192, gpu).total for gpu in (H200, costly))
         assert split - free == pytest.approx(1e-3 * added_ms)
+
+
+@pytest.mark.parametrize(
+    ("launch_ms", "total_ms"), [((0, 0), 12), ((4, 8), 12), ((10, 0), 18), ((0, 11), 15), ((10, 20), 30)]
+)
+def test_a_layer_takes_as_long_as_starting_its_kernels(launch_ms: tuple[float, float], total_ms: float) -> None:
+    """Fails if a layer of few tokens or small shares is planned faster than the CPU starts it, or the CPU's work is
+    added to that of the GPU, which runs beside it."""
+    mlp, bf16 = LayerKind.mlp, PrecisionFormat.bf16
+    gpu = replace(H200, layer_ms={mlp: {bf16: 12.0}}, launch_ms={mlp: {bf16: launch_ms}})
+    assert layer_seconds(mlp, bf16, planned(*SLICE).config, 8192, gpu).total == pytest.approx(1e-3 * total_ms)
+
+
+def test_new_weights_are_quantised_once_a_step() -> None:
+    """Fails if what a step's first micro-batch costs is counted for each, in bf16, or for weights of other ranks."""
+    slow = replace(H200, first_pass_ps_per_weight={PrecisionFormat.bf16: 0.0, PrecisionFormat.fp8_block: 1000.0})
+    quick = replace(slow, first_pass_ps_per_weight=dict.fromkeys(MEASURED_FORMATS, 0.0))
+
+    def added_ms(*changes: str, world_size: int = 1) -> float:
+        plan = planned(*SLICE, *ALL_IN_FP8, *changes, world_size=world_size)
+        first = plan.batches.segments[0]
+        return 1e3 * (step_time(plan, first, slow).total - step_time(plan, first, quick).total)
+
+    once = added_ms("precision.format=fp8_block")
+    assert once == pytest.approx(1e-6 * rank_fp8_weights(planned(*SLICE, *ALL_IN_FP8, "precision.format=fp8_block"), 0))
+    assert added_ms("precision.format=fp8_block", "train.global_batch_size=4") == pytest.approx(once)
+    assert added_ms("precision.format=bf16") == 0
+    halved = added_ms("precision.format=fp8_block", "parallel.tensor_parallel_size=2", world_size=2)
+    assert halved == pytest.approx(once / 2)
 
 
 @pytest.mark.parametrize(("precision", "measured_ms"), [("bf16", 376), ("fp8_block", 319), ("fp8_current", 291)])

@@ -32,6 +32,7 @@ TINY = (
     "model.attention_head_dim=16", "model.mamba_num_heads=16", "model.mamba_head_dim=8", "model.mamba_num_groups=2",
     "model.mamba_state_dim=16", "model.mamba_chunk_size=32", "model.vocab_size=512", "train.seq_length=128",
 )  # fmt: skip
+CAN_BE_ZERO = ("tensor_parallel_ms", "first_pass_ps_per_weight")
 SHARE_OF_PARTS = 1.5  # what a layer takes of its parts at least, in the table that the planner reads
 
 
@@ -49,8 +50,10 @@ def _measure_one() -> tuple[dict[str, Any], list[str]]:
 
 
 def mend(table: dict[str, Any]) -> dict[str, Any]:
-    """A layer of a few microseconds on a busy machine may seem to take less than its parts: such a table is refused."""
+    """A layer of a few microseconds on a busy machine may seem to take less than its parts: such a table is refused.
+    And on a CPU, starting a layer is all of its work."""
     table = copy.deepcopy(table)
+    table["launch_ms"] = {kind: dict.fromkeys(by_format, [0.0, 0.0]) for kind, by_format in table["launch_ms"].items()}
     for kind, by_format in table["layer_ms"].items():
         parts = table["core_ms"].get(kind, 0.0) + table["norm_and_residual_ms"]
         table["layer_ms"][kind] = {name: max(ms, SHARE_OF_PARTS * parts) for name, ms in by_format.items()}
@@ -67,6 +70,8 @@ def numbers(tree: Any) -> Iterator[float]:
     for value in tree.values():
         if isinstance(value, dict):
             yield from numbers(value)
+        elif isinstance(value, list):
+            yield from value
         elif isinstance(value, int | float):
             yield value
 
@@ -75,9 +80,7 @@ def test_a_probe_fills_a_table(ranks: RankPool) -> None:
     """Fails if a measurement does not run on the real layers, or its result is not where the planner looks."""
     table, told = _probed(ranks)
     assert len(told) == len(set(told)) == command.MEASUREMENTS_OF_ONE
-    never_zero = {
-        key: value for key, value in table.items() if key not in ("tensor_parallel_ms", "first_pass_ps_per_weight")
-    }
+    never_zero = {key: value for key, value in table.items() if key not in CAN_BE_ZERO}
     assert all(math.isfinite(number) and number > 0 for number in numbers(never_zero))
     for kind in LayerKind:
         assert list(table["layer_ms"][kind.name]) == [format.value for format in FORMATS]
@@ -128,7 +131,9 @@ def _measure_two() -> tuple[dict[str, Any], float]:
         }
         # With layers that take no time by the table, all that a split layer takes is beyond it.
         instant = {kind: {format: 1e-9 for format in FORMATS} for kind in LayerKind}
+        at_once = {kind: dict.fromkeys(FORMATS, (0.0, 0.0)) for kind in LayerKind}
         gpu = replace(H200, layer_ms=instant, core_ms=dict.fromkeys(LayerKind, 0.0), norm_and_residual_ms=0.0)
+        gpu = replace(gpu, launch_ms=at_once)
         enter_all(table, two_gpus.measurements(bench, table, lambda tree: gpu), lambda key: None)
         note_two_gpus(table)
         return table, layer_ms(bench, LayerKind.mlp, FORMATS[0])
@@ -214,6 +219,10 @@ def shipped() -> dict[str, Any]:
         ("core_ms.mamba", -1.0, "core_ms.mamba is -1.0, expected more than 0"),
         ("norm_and_residual_ms", float("nan"), "norm_and_residual_ms is NaN"),
         ("layer_ms.attention.fp8_block", 5.1, "layer_ms.attention.fp8_block is 5.1, less than its parts"),
+        ("launch_ms.mlp.bf16", 1.0, "launch_ms.mlp.bf16 is 1.0, expected two numbers"),
+        ("launch_ms.mlp.bf16", [1.0, -2.0], "launch_ms.mlp.bf16 is -2.0, expected 0 or more"),
+        ("launch_ms.mamba.fp8_block", None, "launch_ms.mamba.fp8_block is missing"),
+        ("first_pass_ps_per_weight.fp8_block", None, "first_pass_ps_per_weight.fp8_block is missing"),
         ("tensor_parallel_ms.fp4", 1.0, "tensor_parallel_ms.fp4 is none of the formats"),
         ("tensor_parallel_ms.fp8_block", None, "tensor_parallel_ms.fp8_block is missing"),
         ("model.hidden_size", 51.2, "model.hidden_size=51.2 is a number, expected whole number"),
