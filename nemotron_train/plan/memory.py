@@ -1,12 +1,9 @@
 """How much memory does a GPU need: what every pipeline rank holds at its fullest moment, in bytes that torch counts.
 
-Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s:
-  18-layer slice of the 12B, one GPU, before AdamW has its moments: 44.2 GiB in bf16, 47.6 in fp8_block; whole steps in
-  fp8_block: 97.8 GiB;
-  the whole 12B at tensor-parallel size 2 with bf16 gradients and moments in fp8_block: 92.9 GiB, planned 90.8;
-  Megatron-Core's own model of that size, where AdamW's step is the fullest moment: 105 GiB in bf16, 115 in fp8_block
-  and fp8_current.
-Pipelines, context parallelism and recomputation have not been measured.
+Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s within 3.1 %: nine points
+of the 12B and its 18-layer slice on one and two GPUs, in bf16 and FP8, of 4k to 16k tokens, with and without
+recomputation (`benchmarks/README.md`); and Megatron-Core's own 12B, where AdamW's step is the fullest moment. Pipelines
+and context parallelism have not been measured.
 """
 
 from collections import Counter

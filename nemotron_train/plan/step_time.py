@@ -1,8 +1,8 @@
 """How long does a step take, and the run? Layers, pipeline bubble, traffic and optimizer, added up.
 
-What it rests on: times of single layers and of our 18-layer slice on one H200 (`tables/h200.json`). At the slice, and
-at the whole 12B on two H200s at tensor-parallel size 2, it gives what was measured within 3 %. `--probe` writes such a
-table for another card. More GPUs, pipelines, context parallelism and other models have not been measured: there it is
+What it rests on: times of single layers on one and two H200s (`tables/h200.json`); `--probe` writes such a table for
+another card. Nine configurations of the 12B and its 18-layer slice on one and two H200s took what it says within 7 %
+(`benchmarks/README.md`). More GPUs, pipelines, context parallelism and other models have not been measured: there it is
 arithmetic.
 """
 

@@ -53,7 +53,8 @@ def mend(table: dict[str, Any]) -> dict[str, Any]:
     """A layer of a few microseconds on a busy machine may seem to take less than its parts: such a table is refused.
     And on a CPU, starting a layer is all of its work."""
     table = copy.deepcopy(table)
-    table["launch_ms"] = {kind: dict.fromkeys(by_format, [0.0, 0.0]) for kind, by_format in table["launch_ms"].items()}
+    for by_format in table["launch_ms"].values():
+        by_format |= {name: [0.0, 0.0] for name in by_format}
     for kind, by_format in table["layer_ms"].items():
         parts = table["core_ms"].get(kind, 0.0) + table["norm_and_residual_ms"]
         table["layer_ms"][kind] = {name: max(ms, SHARE_OF_PARTS * parts) for name, ms in by_format.items()}
