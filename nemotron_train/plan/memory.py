@@ -15,6 +15,7 @@ from nemotron_train.config.schema import ModelSection, PrecisionFormat, PrimaryW
 from nemotron_train.plan.activations import head_activations, layer_activations, weight_bytes
 from nemotron_train.plan.measured import OUTSIDE_TORCH_GIB
 from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.pipeline_schedule import most_in_flight
 from nemotron_train.plan.precision_map import Gemm
 from nemotron_train.plan.rank_share import share_of_rank
 from nemotron_train.plan.run_plan import RunPlan
@@ -164,26 +165,6 @@ def _layer_parameters(kind: LayerKind, share: ModelSection) -> int:
         LayerKind.mlp: mlp_parameters,
     }
     return count[kind](share)
-
-
-def most_in_flight(kept: Sequence[int], pp_size: int, rank: int, micro_batches: int) -> int:
-    """Return the most that a rank keeps at once of its model chunks' activations.
-
-    Args:
-        kept: of one micro-batch, by virtual stage.
-
-    Its schedule is Megatron-Core's: one forward, one backward, after as many forward passes as there are ranks behind;
-    interleaved, twice those, and all virtual stages but the last for one round of `pp_size` micro-batches.
-    """
-    vpp_size, behind = len(kept), pp_size - rank - 1
-    ahead = behind if vpp_size == 1 else 2 * behind + (vpp_size - 1) * pp_size
-    held = most = 0
-    for turn in range(min(micro_batches, 4 * pp_size) * vpp_size):  # later rounds repeat the earlier ones
-        held += kept[turn // pp_size % vpp_size]
-        most = max(most, held)
-        if turn >= ahead:
-            held -= kept[vpp_size - 1 - (turn - ahead) // pp_size % vpp_size]
-    return most
 
 
 def _count_kinds(plan: RunPlan, chunk: range) -> Counter[tuple[LayerKind, bool]]:

@@ -5,18 +5,19 @@ Megatron-Core's interleaved schedule visits them. The slowest rank sets the pace
 makes small; the embedding counts for the first chunk and the output layer for the last.
 """
 
-import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, cycle, pairwise
+from math import inf
 
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.pattern import ParsedPattern
+from nemotron_train.plan.pipeline_schedule import RUN_ROUNDS, run_step
 
-KEPT_PARTIAL_CUTS = 20_000  # in all, when virtual stages tie chunks of one rank together: about half a second
+TRIED_PASSES = 1_500_000  # in all the steps that are tried: about a second where many are run to their end
+LEAST_GAIN = 1e-9  # of a step's time: less is rounding
 
 Join = Callable[[float, float], float]  # (cost of a chunk, score of the chunks after it) -> score
-PartialCut = tuple[float, float, tuple[float, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ def cut_pipeline(pattern: ParsedPattern, costs: StageCosts, pp_size: int, vpp_si
     num_layers, num_chunks = len(pattern.layers), pp_size * vpp_size
     if pattern.cuts is not None:
         return _ranges(pattern.cuts, num_layers)
-    of_chunks = _ChunkCosts(costs, num_chunks)
-    cuts = _cut_evenly(of_chunks)
-    return _ranges(_cut_for_ranks(of_chunks, pp_size, cuts) if vpp_size > 1 else cuts, num_layers)
+    cuts = _cut_evenly(_ChunkCosts(costs, num_chunks))
+    return _ranges(_shift_cuts(cuts, costs, pp_size) if vpp_size > 1 else cuts, num_layers)
 
 
 def check_cut(pattern: ParsedPattern, pp_size: int, vpp_size: int) -> None:
@@ -71,14 +71,6 @@ def chunk_costs(chunks: Sequence[range], costs: StageCosts) -> list[float]:
     by_chunk[0] += costs.first
     by_chunk[-1] += costs.last
     return by_chunk
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """What the even cut has already reached: costs of a rank, and of a chunk."""
-
-    rank: float
-    chunk: float
 
 
 class _ChunkCosts:
@@ -129,60 +121,40 @@ def _best_cuts(costs: _ChunkCosts, limit: float, join: Join) -> tuple[float, tup
     return score, ends[:-1]
 
 
-def _cut_for_ranks(costs: _ChunkCosts, pp_size: int, even_cuts: tuple[int, ...]) -> tuple[int, ...]:
-    """Make the most expensive rank, over all its virtual stages, as cheap as can be, with no chunk more expensive than
-    the even cut's most expensive one.
+def _shift_cuts(cuts: Sequence[int], costs: StageCosts, pp_size: int) -> tuple[int, ...]:
+    """Shift cuts by one layer, one or several in a row, as long as that shortens a step run pass by pass.
 
-    Ranks keep step with each other chunk by chunk, so uneven chunks make all wait even where their sums are even. A
-    rank's chunks lie apart, so a partial cut has to remember every rank's load. The even cut bounds what is worth
-    keeping; within it the best partial cuts at each place are followed: all of them for small models, enough for large
-    ones.
+    Ranks with virtual stages wait for each other chunk by chunk, and their sums count too, so neither alone says which
+    cut is best. The result is a local optimum; on patterns small enough to try all cuts it is mostly the best of them.
     """
-    kept = max(KEPT_PARTIAL_CUTS // (costs.num_layers * costs.num_chunks), 8)
-    edges = (0, *even_cuts, costs.num_layers)
-    loads = [0.0] * pp_size
-    loads[0] += costs.first_cost
-    loads[-1] += costs.last_cost
-    # place -> partial cuts as (largest load, sum of squared chunk costs, load of every rank, cuts)
-    beam: dict[int, list[PartialCut]] = {0: [(max(loads), 0.0, tuple(loads), ())]}
-    for chunk in range(costs.num_chunks):
-        loads[chunk % pp_size] += costs.of_layers(edges[chunk], edges[chunk + 1])
-    limits = _Limits(rank=max(loads), chunk=max(costs.of(c, *edge) for c, edge in enumerate(pairwise(edges))))
-    for chunk in range(costs.num_chunks):
-        longer = _lengthen(beam, costs, chunk, chunk % pp_size, limits)
-        beam = {end: heapq.nsmallest(kept, _one_per_loads(partial_cuts)) for end, partial_cuts in longer.items()}
-    finished = beam.get(costs.num_layers)
-    return finished[0][3][:-1] if finished else even_cuts
+    num_layers, micro_batches = len(costs.layers), RUN_ROUNDS * pp_size
+    passes_of_a_step = 2 * micro_batches * (len(cuts) + 1)
 
+    def seconds(cuts: Sequence[int], limit: float) -> float:
+        chunks = chunk_costs(_ranges(cuts, num_layers), costs)
+        # A rank starts when those before it have passed on a micro-batch, and they end after it.
+        least = max(micro_batches * sum(chunks[rank::pp_size]) + sum(chunks[:rank]) for rank in range(pp_size))
+        return limit if least >= limit else run_step(chunks, pp_size, micro_batches, limit)
 
-def _lengthen(
-    beam: dict[int, list[PartialCut]], costs: _ChunkCosts, chunk: int, rank: int, limits: _Limits
-) -> dict[int, list[PartialCut]]:
-    """Add one chunk, on one rank, to every partial cut, in every way that keeps to the limits."""
-    longer: dict[int, list[PartialCut]] = {}
-    for start, partial_cuts in beam.items():
-        for end in costs.ends(chunk, start):
-            cost = costs.of(chunk, start, end)
-            if cost > limits.chunk:
-                break  # longer chunks cost more
-            layers_cost = costs.of_layers(start, end)
-            for largest, squares, loads, cuts in partial_cuts:
-                load = loads[rank] + layers_cost
-                if load <= limits.rank:
-                    new_loads = (*loads[:rank], load, *loads[rank + 1 :])
-                    partial_cut = (max(largest, load), squares + cost * cost, new_loads, (*cuts, end))
-                    longer.setdefault(end, []).append(partial_cut)
-    return longer
-
-
-def _one_per_loads(partial_cuts: list[PartialCut]) -> Iterable[PartialCut]:
-    """Keep the best of the partial cuts that load every rank the same: what follows cannot tell them apart."""
-    best: dict[tuple[float, ...], PartialCut] = {}
-    for partial_cut in partial_cuts:
-        loads = partial_cut[2]
-        if loads not in best or partial_cut < best[loads]:
-            best[loads] = partial_cut
-    return best.values()
+    best, shortest = tuple(cuts), seconds(cuts, inf)
+    shifts = [
+        (first, first + count, by)
+        for count in range(1, len(cuts) + 1)
+        for first in range(len(cuts) - count + 1)
+        for by in (-1, 1)
+    ]
+    failed = tried = 0
+    for first, end, by in cycle(shifts):
+        if failed == len(shifts) or tried * passes_of_a_step > TRIED_PASSES:
+            return best
+        shifted = (*best[:first], *(cut + by for cut in best[first:end]), *best[end:])
+        failed += 1
+        if all(start < end for start, end in pairwise((0, *shifted, num_layers))):
+            tried += 1
+            found = seconds(shifted, shortest * (1 - LEAST_GAIN))
+            if found < shortest * (1 - LEAST_GAIN):
+                best, shortest, failed = shifted, found, 0
+    return best
 
 
 def _ranges(cuts: Sequence[int], num_layers: int) -> tuple[range, ...]:

@@ -6,7 +6,6 @@ another card. Nine configurations of the 12B and its 18-layer slice on one and t
 arithmetic.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemotron_train.config.schema import PrecisionFormat, Recompute
@@ -17,6 +16,7 @@ from nemotron_train.plan.measured import H200, OPTIMIZER_BYTES_PER_PARAMETER
 from nemotron_train.plan.memory import rank_fp8_weights, rank_parameters, rank_weight_bytes
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.pipeline_cut import StageCosts, chunk_costs
+from nemotron_train.plan.pipeline_schedule import step_seconds
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.plan.traffic import (
     context_parallel_seconds,
@@ -34,9 +34,9 @@ GRADIENT_BYTES = 4
 class StepTime:
     """Seconds of one step on the slowest path through it."""
 
-    layers: float  # the slowest pipeline rank's work on all its micro-batches
+    layers: float  # all micro-batches of the pipeline rank that has most to do
     tensor_and_context: float  # traffic inside the layers of that rank
-    bubble: float  # waiting while the pipeline fills and drains
+    bubble: float  # waiting for other ranks, above all while the pipeline fills and drains
     pipeline_traffic: float
     data_traffic: float  # gradients and weights that nothing hides
     optimizer: float  # norm of the gradients, AdamW, quantising the new weights
@@ -92,36 +92,20 @@ def step_time(plan: RunPlan, segment: BatchSegment, gpu: Gpu) -> StepTime:
     compute = chunk_costs(plan.chunks, stage_costs(config, plan.pattern, length, gpu))
     traffic = chunk_costs(plan.chunks, _layer_traffic(plan, length, gpu))
     chunks = [a + b for a, b in zip(compute, traffic, strict=True)]
-    slowest = slowest_rank(chunks, layout.pipeline, micro_batches)
+    slowest = max(range(layout.pipeline), key=lambda rank: sum(chunks[rank :: layout.pipeline]))
     its_chunks = slice(slowest, None, layout.pipeline)
+    work = micro_batches * sum(chunks[its_chunks])
     parameters = max(rank_parameters(plan, rank) for rank in range(layout.pipeline))
     # Each boundary that a micro-batch passes, there and back; interleaved schedules overlap it.
     sends = micro_batches + layout.pipeline - 1 if layout.virtual_pipeline == 1 else layout.num_model_chunks - 1
     return StepTime(
         layers=micro_batches * sum(compute[its_chunks]),
         tensor_and_context=micro_batches * sum(traffic[its_chunks]),
-        bubble=bubble_seconds(chunks, layout.pipeline, slowest),
+        bubble=step_seconds(chunks, layout.pipeline, micro_batches) - work,
         pipeline_traffic=sends * pipeline_seconds(config, layout, length, gpu),
         data_traffic=_exposed_data_traffic(plan, parameters, sum(chunks[its_chunks]), gpu),
         optimizer=_optimizer_seconds(plan, parameters, gpu),
     )
-
-
-def slowest_rank(chunks: Sequence[float], pp_size: int, micro_batches: int) -> int:
-    """Return the rank whose work and waiting take longest."""
-    return max(
-        range(pp_size),
-        key=lambda rank: micro_batches * sum(chunks[rank::pp_size]) + bubble_seconds(chunks, pp_size, rank),
-    )
-
-
-def bubble_seconds(chunks: Sequence[float], pp_size: int, rank: int) -> float:
-    """Return how long a rank waits while the pipeline fills, turns and drains.
-
-    For the ranks before it, to pass on a micro-batch in their first virtual stage and to take its gradient at the very
-    end; for those behind it, to take one through their last virtual stage and back.
-    """
-    return sum(chunks[:rank]) + sum(chunks[len(chunks) - pp_size + rank + 1 :])
 
 
 def _layer_traffic(plan: RunPlan, seq_length: int, gpu: Gpu) -> StageCosts:

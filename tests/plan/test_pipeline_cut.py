@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import statistics
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,15 +16,9 @@ from tests.plan import simulated_pipeline
 from tests.plan.small import experiment_with, plan_of
 
 
-def best_largest(costs: StageCosts, pp_size: int, vpp_size: int) -> tuple[float, float]:
-    """Try every cut: return the cost of the most expensive chunk, and, where that is least, of the most expensive
-    rank."""
-    num_layers = len(costs.layers)
-    tried = (
-        [range(*pair) for pair in itertools.pairwise((0, *cuts, num_layers))]
-        for cuts in itertools.combinations(range(1, num_layers), pp_size * vpp_size - 1)
-    )
-    return min((max(chunk_costs(chunks, costs)), max(rank_costs(chunks, costs, pp_size))) for chunks in tried)
+def all_cuts(num_layers: int, num_chunks: int) -> Iterator[list[range]]:
+    for cuts in itertools.combinations(range(1, num_layers), num_chunks - 1):
+        yield [range(*pair) for pair in itertools.pairwise((0, *cuts, num_layers))]
 
 
 def random_case(seed: int, num_chunks: int) -> tuple[str, StageCosts]:
@@ -32,18 +28,37 @@ def random_case(seed: int, num_chunks: int) -> tuple[str, StageCosts]:
     return pattern, StageCosts(tuple(cost_of[letter] for letter in pattern), dice.randint(0, 4), dice.randint(0, 25))
 
 
-@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (3, 1), (4, 1), (2, 2), (2, 3), (3, 2), (4, 2)])
-def test_chunks_and_ranks_are_as_even_as_trying_every_cut(pp_size: int, vpp_size: int) -> None:
-    """Fails if the cut is not optimal, leaves out or repeats a layer, or has an empty chunk. Chunks come first: ranks
-    keep step chunk by chunk."""
+@pytest.mark.parametrize("pp_size", [2, 3, 4])
+def test_stages_are_as_even_as_trying_every_cut(pp_size: int) -> None:
+    """Fails if the cut is not optimal, leaves out or repeats a layer, or has an empty stage."""
     for seed in range(40):
+        pattern, costs = random_case(seed, pp_size)
+        chunks = cut_pipeline(parse_pattern(pattern), costs, pp_size, 1)
+        assert [layer for chunk in chunks for layer in chunk] == list(range(len(pattern)))
+        assert len(chunks) == pp_size
+        assert all(chunks)
+        best = min(max(chunk_costs(tried, costs)) for tried in all_cuts(len(pattern), pp_size))
+        assert max(chunk_costs(chunks, costs)) == best, pattern
+
+
+@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 2), (2, 3), (3, 2), (4, 2)])
+def test_a_step_with_virtual_stages_is_about_as_short_as_any_cut_makes_it(pp_size: int, vpp_size: int) -> None:
+    """Fails if the search stops at cuts that are mostly not the best, or takes a layer away. A step is run pass by pass
+    in Megatron-Core's order, with costs from 1 to 9."""
+    beyond = []
+    for seed in range(15):
         pattern, costs = random_case(seed, pp_size * vpp_size)
         chunks = cut_pipeline(parse_pattern(pattern), costs, pp_size, vpp_size)
         assert [layer for chunk in chunks for layer in chunk] == list(range(len(pattern)))
-        assert len(chunks) == pp_size * vpp_size
         assert all(chunks)
-        found = max(chunk_costs(chunks, costs)), max(rank_costs(chunks, costs, pp_size))
-        assert found == best_largest(costs, pp_size, vpp_size), pattern
+        best, found = (
+            min(simulated_pipeline.seconds(chunk_costs(tried, costs), pp_size, 4 * pp_size) for tried in cuts)
+            for cuts in (all_cuts(len(pattern), pp_size * vpp_size), [chunks])
+        )
+        beyond.append(found / best - 1)
+    assert max(beyond) < 0.1
+    assert statistics.mean(beyond) < 0.015
+    assert statistics.median(beyond) < 1e-9
 
 
 def test_rank_costs_add_up_the_chunks_that_a_rank_holds() -> None:
@@ -80,7 +95,7 @@ def test_a_cut_that_cannot_be_is_refused(pattern: str, pp_size: int, vpp_size: i
 
 
 @pytest.mark.parametrize(
-    ("pp_size", "vpp_size", "imbalance"), [(2, 1, 0.02), (4, 1, 0.031), (4, 2, 0.06), (4, 5, 0.03)]
+    ("pp_size", "vpp_size", "imbalance"), [(2, 1, 0.02), (4, 1, 0.031), (4, 2, 0.03), (4, 4, 0.02), (4, 5, 0.02)]
 )
 def test_the_12b_is_cut_evenly(pp_size: int, vpp_size: int, imbalance: float) -> None:
     """Fails if the output layer (a tenth of a quarter of the model) is not counted, or large cuts get worse."""

@@ -1,16 +1,16 @@
 """Times of a step: against the 12B measured on two H200s, and a pipeline run event by event."""
 
-import random
 from dataclasses import replace
 
 import pytest
 
 from nemotron_train.config.schema import PrecisionFormat
-from nemotron_train.plan.layer_times import layer_seconds
+from nemotron_train.plan.layer_times import layer_seconds, stage_costs
 from nemotron_train.plan.measured import H100, H200
 from nemotron_train.plan.memory import rank_fp8_weights
 from nemotron_train.plan.pattern import LayerKind
-from nemotron_train.plan.step_time import bubble_seconds, plan_time, slowest_rank, step_time
+from nemotron_train.plan.pipeline_cut import chunk_costs
+from nemotron_train.plan.step_time import plan_time, step_time
 from tests.plan import simulated_pipeline
 from tests.plan.test_memory import ALL_IN_FP8, FORMATS, SLICE, TP2_LOW_STATE, planned
 
@@ -87,24 +87,16 @@ def test_the_12b_on_two_gpus_runs_as_measured(precision: str, measured: list[flo
         assert timed.tokens_per_second_per_gpu == pytest.approx(tokens_per_second, rel=0.06)
 
 
-@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 4)])
-def test_waiting_in_a_pipeline_is_that_of_running_it(pp_size: int, vpp_size: int) -> None:
-    """Fails if the bubble is not what Megatron-Core's order of passes leaves: exact for equal chunks, a little too much
-    for chunks as uneven as layers make them."""
-    for micro_batches in (8, 32):
-        equal = [1.0] * (pp_size * vpp_size)
-        exact = simulated_pipeline.seconds(equal, pp_size, micro_batches)
-        assert _estimate(equal, pp_size, micro_batches) == pytest.approx(exact)
-        for seed in range(5):
-            dice = random.Random(seed)
-            uneven = [dice.uniform(0.95, 1.05) for _ in equal]
-            simulated = simulated_pipeline.seconds(uneven, pp_size, micro_batches)
-            assert -0.01 < _estimate(uneven, pp_size, micro_batches) / simulated - 1 < 0.05
-
-
-def _estimate(chunks: list[float], pp_size: int, micro_batches: int) -> float:
-    slowest = slowest_rank(chunks, pp_size, micro_batches)
-    return micro_batches * sum(chunks[slowest::pp_size]) + bubble_seconds(chunks, pp_size, slowest)
+@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 1), (4, 1), (4, 2)])
+def test_waiting_for_other_ranks_is_part_of_a_step(pp_size: int, vpp_size: int) -> None:
+    """Fails if work and waiting of the rank that has most to do are not the time of the whole schedule."""
+    sizes = [f"parallel.pipeline_parallel_size={pp_size}", f"parallel.virtual_pipeline_size={vpp_size}"]
+    plan = planned(*sizes, "parallel.tensor_parallel_size=1", "parallel.sequence_parallel=false",
+                   "train.global_batch_size=16", world_size=pp_size)  # fmt: skip
+    chunks = chunk_costs(plan.chunks, stage_costs(plan.config, plan.pattern, 8192))
+    time = step_time(plan, plan.batches.segments[0], H200)
+    assert time.layers + time.bubble == pytest.approx(simulated_pipeline.seconds(chunks, pp_size, 16))
+    assert time.layers == pytest.approx(16 * max(sum(chunks[rank::pp_size]) for rank in range(pp_size)))
 
 
 def test_a_run_is_the_sum_of_its_steps() -> None:
