@@ -49,6 +49,7 @@ from nemotron_train.engine.groups import from_rank_zero, on_all_ranks
 from nemotron_train.engine.optimizer import allocate_state, load_state
 from nemotron_train.engine.wrap import weights_complete
 from nemotron_train.errors import CheckpointError
+from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.runtime import Progress, Runtime
 
 # torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
@@ -179,8 +180,10 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     only_weights = holds_only_weights(commit)
     state = sharded_weights(run) if only_weights else sharded_state(run, is_loading=True)
     state = {key: loaded_as_plain(part) if key.startswith("model") else part for key, part in state.items()}
-    stored = table.state_dict_metadata
-    state = {key: _stored_fp8_state(part, stored) if key.startswith("model") else part for key, part in state.items()}
+    state = {
+        key: _without_missing_fp8_state(part, table.state_dict_metadata, run.plan) if key.startswith("model") else part
+        for key, part in state.items()
+    }
     try:
         loaded = read_files(state, folder, commit, common, table)
     except _LOAD_ERRORS as error:
@@ -211,11 +214,15 @@ def _check_fp8_states(loaded: dict[str, Any]) -> None:
                     check_fp8_state(name, value)
 
 
-def _stored_fp8_state(weights: dict[str, Any], stored: Container[str]) -> dict[str, Any]:
-    """Leave out FP8 state that is not stored: nothing is where the run had no delayed scaling, and the emulation has
-    none for what Transformer Engine also keeps it for, norms and attention, and never reads."""
+def _without_missing_fp8_state(weights: dict[str, Any], stored: Container[str], plan: RunPlan) -> dict[str, Any]:
+    """Leave out FP8 state that the checkpoint lacks: all of it if its run had no delayed scaling; that of norms and
+    attention, which Transformer Engine writes and never reads, if the emulation wrote it."""
+    of_products = {f"{gemm.name}.{_FP8_STATE}" for gemm in plan.gemms}
+    has_state = any(value.unique_key in stored for value in weights.values() if value.key in of_products)
     return {
-        name: value for name, value in weights.items() if not name.endswith(_FP8_STATE) or value.unique_key in stored
+        name: value
+        for name, value in weights.items()
+        if not name.endswith(_FP8_STATE) or value.unique_key in stored or (has_state and value.key in of_products)
     }
 
 

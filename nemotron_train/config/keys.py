@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
@@ -105,6 +106,7 @@ def optional_kind(kind: Any) -> Any:
     return next(argument for argument in get_args(kind) if argument is not type(None))
 
 
+@cache  # reading source is slow, and a search of layouts lists the keys hundreds of times
 def _kind_comment(kind: Any) -> str:
     """Return what choices, or the elements of a list, say of themselves, for fields that leave it to them."""
     documented = optional_kind(kind) or list_element(kind) or kind
@@ -117,6 +119,7 @@ def _kind_comment(kind: Any) -> str:
     return " ".join(part for part in (*parts, "; ".join(choices)) if part)
 
 
+@cache
 def _field_comments(section: type) -> dict[str, str]:
     lines = map(COMMENTED_FIELD.match, inspect.getsource(section).splitlines())
     return {match[1]: match[2] or "" for match in lines if match}

@@ -15,6 +15,7 @@ from nemotron_train.config.schema import (
     QkvNorm,
     Recompute,
     RunConfig,
+    StateFormat,
 )
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.precision_map import FP8_BLOCK
@@ -68,6 +69,11 @@ class _Sizes:
 def weight_bytes(format: PrecisionFormat) -> int:
     """Return the bytes of a weight, or of an activation outside FP8."""
     return 4 if format is PrecisionFormat.fp32 else 2
+
+
+def state_bytes(format: StateFormat) -> int:
+    """Return the bytes of an element of main gradients or moments."""
+    return 2 if format is StateFormat.bf16 else 4
 
 
 def layer_activations(kind: LayerKind, in_fp8: bool, config: RunConfig, seq_length: int) -> LayerActivations:

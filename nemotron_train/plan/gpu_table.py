@@ -1,6 +1,6 @@
 """What is known of a kind of GPU, and how it is read from a table: a JSON file, shipped or written by `--probe`.
 
-A table holds what one machine took for the layers of one model, `model` and `tokens` of the file; the planner scales
+A table holds what a kind of GPU took for the layers of one model, `model` and `tokens` of the file; the planner scales
 from there (`layer_times.py`). Its keys are the fields of `Gpu`, with their units; `device`, `date` and `summary` are
 for the report, `versions` and `notes` for people.
 """
@@ -41,12 +41,12 @@ class Gpu:
     tokens: int
     layer_ms: Mapping[LayerKind, ByFormat]  # a layer among others of its kind: norm, products, core and residual
     core_ms: Mapping[LayerKind, float]  # of these: convolution, scan and gated norm; or attention
-    norm_and_residual_ms: float  # the same
-    # What the CPU takes to start the kernels of a layer, forward and backward.
+    norm_and_residual_ms: float  # of these, too
+    # The CPU's time to start the kernels of a layer, (forward, backward): the same for any tokens and any model.
     launch_ms: Mapping[LayerKind, Mapping[PrecisionFormat, tuple[float, float]]]
     head_ms: float  # embedding, final norm, output layer and loss
     optimizer_ps_per_parameter: float  # AdamW in float32 with the norm of the gradients, unclipped; picoseconds
-    first_pass_ps_per_weight: ByFormat  # a step's first micro-batch beyond the others: the weights are quantised
+    first_pass_ps_per_weight: ByFormat  # a step's first micro-batch beyond the others: FP8 weights are quantised
     tensor_parallel_ms: ByFormat  # a layer at tensor-parallel size 2 beyond half a layer and its traffic
     node_gb_per_s: float  # what a GPU reaches in large collectives within a node, one direction
     network_gb_per_s: float  # the same, through its network adapter
@@ -105,7 +105,7 @@ def gpu_from(tree: Any, file: Path, label: str) -> Gpu:
         launch_ms={kind: table.pairs_by_format(f"launch_ms.{kind.name}") for kind in LayerKind},
         head_ms=table.number("head_ms"),
         optimizer_ps_per_parameter=table.number("optimizer_ps_per_parameter"),
-        first_pass_ps_per_weight=table.by_format("first_pass_ps_per_weight", least=0.0),
+        first_pass_ps_per_weight=table.by_format("first_pass_ps_per_weight", least=0.0, needs_bf16=False),
         tensor_parallel_ms=table.by_format("tensor_parallel_ms", least=0.0),
         node_gb_per_s=table.number("node_gb_per_s"),
         network_gb_per_s=table.number("network_gb_per_s"),
@@ -156,25 +156,32 @@ class _Table:
             self.refuse(key, f"is {found}, expected {'more than 0' if least is None else f'{least:g} or more'}")
         return float(found)
 
-    def by_format(self, key: str, least: float | None = None) -> dict[PrecisionFormat, float]:
-        """Read one number a format; only bf16 must be there."""
-        return {format: self.number(f"{key}.{format.value}", least) for format in self._formats(key)}
+    def by_format(
+        self, key: str, least: float | None = None, *, needs_bf16: bool = True
+    ) -> dict[PrecisionFormat, float]:
+        """Read one number a format."""
+        return {format: self.number(f"{key}.{format.value}", least) for format in self._formats(key, needs_bf16)}
 
     def pairs_by_format(self, key: str) -> dict[PrecisionFormat, tuple[float, float]]:
         """Read two numbers a format, none below zero."""
         pairs = {}
-        for format in self._formats(key):
+        for format in self._formats(key, needs_bf16=True):
             name = f"{key}.{format.value}"
             pair = self.value(name)
             if not isinstance(pair, list) or len(pair) != 2:
                 self.refuse(name, f"is {json.dumps(pair)}, expected two numbers, forward and backward")
-            pairs[format] = (self._checked(name, pair[0], 0.0), self._checked(name, pair[1], 0.0))
+            forward, backward = pair
+            pairs[format] = (
+                self._checked(f"{name}, forward,", forward, 0.0),
+                self._checked(f"{name}, backward,", backward, 0.0),
+            )
         return pairs
 
-    def _formats(self, key: str) -> list[PrecisionFormat]:
+    def _formats(self, key: str, needs_bf16: bool) -> list[PrecisionFormat]:
         found = self.value(key)
         names = {format.value: format for format in FORMATS}
-        self.value(f"{key}.{PrecisionFormat.bf16.value}")
+        if needs_bf16:
+            self.value(f"{key}.{PrecisionFormat.bf16.value}")
         for name in found:
             if name not in names:
                 self.refuse(f"{key}.{name}", f"is none of the formats {', '.join(names)}")
@@ -198,12 +205,11 @@ class _Table:
                 if whole <= parts:
                     self.refuse(
                         f"layer_ms.{kind.name}.{format.value}",
-                        f"is {whole:g}, less than its parts core_ms and norm_and_residual_ms take ({parts:g})",
+                        f"is {whole:g}, no more than its parts core_ms and norm_and_residual_ms take ({parts:g})",
                     )
-                for key, present in (
-                    ("tensor_parallel_ms", gpu.tensor_parallel_ms),
-                    ("first_pass_ps_per_weight", gpu.first_pass_ps_per_weight),
-                    (f"launch_ms.{kind.name}", gpu.launch_ms[kind]),
-                ):
+                in_table = {"tensor_parallel_ms": gpu.tensor_parallel_ms, f"launch_ms.{kind.name}": gpu.launch_ms[kind]}
+                if format is not PrecisionFormat.bf16:
+                    in_table["first_pass_ps_per_weight"] = gpu.first_pass_ps_per_weight
+                for key, present in in_table.items():
                     if format not in present:
                         self.refuse(f"{key}.{format.value}", "is missing")

@@ -2,7 +2,7 @@
 
 The times of a GPU's table (`gpu_table.py`) are parted into matrix products, the core of a mixer or of
 attention, and what passes over the residual; each part grows with its own amount of work. At the shape that was
-measured the sum is the measured time.
+measured the sum is the measured time, unless starting the kernels takes longer.
 """
 
 from dataclasses import dataclass
@@ -38,10 +38,17 @@ class LayerSeconds:
 
     @property
     def total(self) -> float:
-        """The GPU's work, or the CPU's where it starts the kernels of a small share more slowly than they run."""
-        work = self.products + self.core + self.elementwise + self.tensor_parallel
-        forward = FORWARD_FRACTION * work
-        return max(forward, self.forward_launch) + max(work - forward, self.backward_launch)
+        return self.forward + max((1 - FORWARD_FRACTION) * self._work, self.backward_launch)
+
+    @property
+    def forward(self) -> float:
+        """The GPU's work, or the CPU's where it starts the kernels of a small share more slowly than they run; so too
+        backward."""
+        return max(FORWARD_FRACTION * self._work, self.forward_launch)
+
+    @property
+    def _work(self) -> float:
+        return self.products + self.core + self.elementwise + self.tensor_parallel
 
 
 def layer_seconds(
@@ -71,7 +78,7 @@ def layer_seconds(
 def recompute_seconds(kind: LayerKind, seconds: LayerSeconds, recompute: Recompute) -> float:
     """Return what the backward pass computes a second time."""
     if recompute is Recompute.full:
-        return FORWARD_FRACTION * seconds.total
+        return seconds.forward
     return FORWARD_FRACTION * seconds.core if recompute is Recompute.selective else 0.0
 
 

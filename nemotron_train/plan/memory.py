@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from nemotron_train.config.schema import ModelSection, PrecisionFormat, PrimaryWeights, StateFormat
-from nemotron_train.plan.activations import head_activations, layer_activations, weight_bytes
+from nemotron_train.plan.activations import head_activations, layer_activations, state_bytes, weight_bytes
 from nemotron_train.plan.measured import OUTSIDE_TORCH_GIB
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.pipeline_schedule import most_in_flight
@@ -111,10 +111,10 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
         step += 8 * min(largest, parameters // shards)
     if fp8_primary and config.optim.gradients is StateFormat.bf16:
         step += 4 * parameters // shards  # gradients in float32, where the other AdamW takes them as they are
-    moments = 2 * (2 if config.optim.moments is StateFormat.bf16 else 4)
+    moments = 2 * state_bytes(config.optim.moments)
     return RankMemory(
         weights=rank_weight_bytes(plan, rank),
-        gradients=parameters * (2 if config.optim.gradients is StateFormat.bf16 else 4),
+        gradients=parameters * state_bytes(config.optim.gradients),
         # Float32 weights are their own masters; AdamW for low-precision states keeps only the 16 bits that bf16 lacks,
         # unless the weights are FP8.
         master_weights=0 if fp32 else parameters * masters // shards,

@@ -7,6 +7,7 @@ makes small; the embedding counts for the first chunk and the output layer for t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, cycle, pairwise
 from math import inf
 
@@ -29,8 +30,13 @@ class StageCosts:
     last: float  # what the last chunk does besides its layers (final norm, output layer)
 
 
-def cut_pipeline(pattern: ParsedPattern, costs: StageCosts, pp_size: int, vpp_size: int) -> tuple[range, ...]:
+def cut_pipeline(
+    pattern: ParsedPattern, costs: StageCosts, pp_size: int, vpp_size: int, micro_batches: int
+) -> tuple[range, ...]:
     """Return every model chunk's range of global layer indices, in pipeline order.
+
+    Args:
+        micro_batches: of a step; virtual stages are cut for it.
 
     Raises:
         ConfigError: as `check_cut`.
@@ -40,7 +46,10 @@ def cut_pipeline(pattern: ParsedPattern, costs: StageCosts, pp_size: int, vpp_si
     if pattern.cuts is not None:
         return _ranges(pattern.cuts, num_layers)
     cuts = _cut_evenly(_ChunkCosts(costs, num_chunks))
-    return _ranges(_shift_cuts(cuts, costs, pp_size) if vpp_size > 1 else cuts, num_layers)
+    return _ranges(
+        _shift_cuts(cuts, costs, pp_size, min(micro_batches, RUN_ROUNDS * pp_size)) if vpp_size > 1 else cuts,
+        num_layers,
+    )
 
 
 def check_cut(pattern: ParsedPattern, pp_size: int, vpp_size: int) -> None:
@@ -121,13 +130,14 @@ def _best_cuts(costs: _ChunkCosts, limit: float, join: Join) -> tuple[float, tup
     return score, ends[:-1]
 
 
-def _shift_cuts(cuts: Sequence[int], costs: StageCosts, pp_size: int) -> tuple[int, ...]:
+@cache
+def _shift_cuts(cuts: tuple[int, ...], costs: StageCosts, pp_size: int, micro_batches: int) -> tuple[int, ...]:
     """Shift cuts by one layer, one or several in a row, as long as that shortens a step run pass by pass.
 
     Ranks with virtual stages wait for each other chunk by chunk, and their sums count too, so neither alone says which
     cut is best. The result is a local optimum; on patterns small enough to try all cuts it is mostly the best of them.
     """
-    num_layers, micro_batches = len(costs.layers), RUN_ROUNDS * pp_size
+    num_layers = len(costs.layers)
     passes_of_a_step = 2 * micro_batches * (len(cuts) + 1)
 
     def seconds(cuts: Sequence[int], limit: float) -> float:

@@ -18,7 +18,8 @@ from nemotron_train.plan.step_time import RunTime, has_times, plan_time
 
 MEMORY_SOURCE = (
     "derived from what each layer keeps; within 3.1 % of nine peaks measured with the 12B's layers on one and two "
-    "H200s (bf16 and FP8, 4k to 16k tokens, with and without recomputation), nothing else was measured"
+    "H200s (bf16 and FP8, 4k to 16k tokens, with and without recomputation); pipelines, context parallelism and other "
+    "models were not measured"
 )
 MEMORY_SOURCE_FP32 = "derived for layers that keep what Transformer Engine's do; nothing was measured in float32"
 OPTIMIZER_FILE_BYTES = 12  # master weight and both moments of a parameter, in float32

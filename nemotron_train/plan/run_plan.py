@@ -88,11 +88,14 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     pattern = parse_pattern(config.model.layer_pattern)
     seq_length = config.train.seq_length
     costs = stage_costs(config, pattern, seq_length)
+    batches = plan_batches(config.train, config.data.phases, layout.data)
+    most = max(segment.global_batch_size for segment in batches.segments)
+    micro_batches = most // (batches.micro_batch_size * layout.data)
     return RunPlan(
         config=config,
         layout=layout,
         pattern=pattern,
-        chunks=cut_pipeline(pattern, costs, layout.pipeline, layout.virtual_pipeline),
-        batches=plan_batches(config.train, config.data.phases, layout.data),
+        chunks=cut_pipeline(pattern, costs, layout.pipeline, layout.virtual_pipeline, micro_batches),
+        batches=batches,
         sizes=count_model(config.model, pattern, seq_length),
     )

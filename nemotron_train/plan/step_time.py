@@ -9,6 +9,7 @@ arithmetic.
 from dataclasses import dataclass
 
 from nemotron_train.config.schema import PrecisionFormat, Recompute
+from nemotron_train.plan.activations import state_bytes
 from nemotron_train.plan.batching import BatchSegment
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layer_times import FORWARD_FRACTION, measured_format, stage_costs
@@ -27,7 +28,6 @@ from nemotron_train.plan.traffic import (
 )
 
 SECONDS_PER_DAY = 86_400
-GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StepTime:
     bubble: float  # waiting for other ranks, above all while the pipeline fills and drains
     pipeline_traffic: float
     data_traffic: float  # gradients and weights that nothing hides
-    optimizer: float  # norm of the gradients, AdamW, quantising the new weights
+    optimizer: float  # norm of the gradients, AdamW, clearing where layers are recomputed, quantising new weights
 
     @property
     def total(self) -> float:
@@ -129,11 +129,14 @@ def _exposed_data_traffic(plan: RunPlan, parameters: int, micro_batch_seconds: f
 
 
 def _optimizer_seconds(plan: RunPlan, parameters: int, gpu: Gpu) -> float:
-    """Update this rank's shard, and quantise all its new weights in the first micro-batch; bound by memory."""
+    """Update this rank's shard, clear its gradients where they are cleared, and quantise all its new weights in the
+    first micro-batch; all bound by memory."""
     config, shards = plan.config, plan.layout.data * plan.layout.context
-    updated = gpu.optimizer_ps_per_parameter * parameters / shards
+    spent = gpu.optimizer_ps_per_parameter * parameters / shards
     if config.train.recompute is Recompute.full:  # elsewhere the first micro-batch's gradients overwrite the old
-        updated += gpu.optimizer_ps_per_parameter * parameters * GRADIENT_BYTES / OPTIMIZER_BYTES_PER_PARAMETER
+        cleared = parameters * state_bytes(config.optim.gradients)
+        spent += gpu.optimizer_ps_per_parameter * cleared / OPTIMIZER_BYTES_PER_PARAMETER
     fp8_weights = max(rank_fp8_weights(plan, rank) for rank in range(plan.layout.pipeline))
-    quantised = fp8_weights * gpu.first_pass_ps_per_weight[measured_format(config.precision.format)]
-    return 1e-12 * (updated + quantised) * gpu.memory_slowdown
+    if fp8_weights:
+        spent += fp8_weights * gpu.first_pass_ps_per_weight[measured_format(config.precision.format)]
+    return 1e-12 * spent * gpu.memory_slowdown

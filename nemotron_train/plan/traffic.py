@@ -1,10 +1,11 @@
 """How long do ranks talk to each other? Bytes of each kind of collective over the bandwidth between its ranks.
 
-Bandwidths are those that large collectives reach, by the GPU's table (`gpu_table.py`): assumed in the shipped one.
+Bandwidths are those that large collectives reach, by the GPU's table (`gpu_table.py`): in the shipped one
+measured within a node, assumed between nodes.
 """
 
-from nemotron_train.config.schema import RunConfig, StateFormat
-from nemotron_train.plan.activations import weight_bytes
+from nemotron_train.config.schema import RunConfig
+from nemotron_train.plan.activations import state_bytes, weight_bytes
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import Layout
 from nemotron_train.plan.measured import GPUS_PER_NODE
@@ -57,7 +58,7 @@ def pipeline_seconds(config: RunConfig, layout: Layout, seq_length: int, gpu: Gp
 
 def gradient_seconds(config: RunConfig, layout: Layout, parameters: int, gpu: Gpu) -> float:
     """Return reducing the gradients of a rank's parameters into its shard."""
-    return _data_parallel(parameters * (2 if config.optim.gradients is StateFormat.bf16 else 4), layout, gpu)
+    return _data_parallel(parameters * state_bytes(config.optim.gradients), layout, gpu)
 
 
 def weight_seconds(layout: Layout, size: int, gpu: Gpu) -> float:

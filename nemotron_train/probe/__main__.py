@@ -29,7 +29,7 @@ from nemotron_train.probe.chunks import Bench, free_memory, probed_config
 from nemotron_train.probe.table import enter_all, measure_one_gpu, note_two_gpus, write_table
 
 TIMEOUT_SECONDS = 600
-MEASUREMENTS_OF_ONE, MEASUREMENTS_OF_TWO = 26, 4
+MEASUREMENTS_OF_ONE, MEASUREMENTS_OF_TWO = 25, 4
 console = Console(stderr=True)
 
 
@@ -102,7 +102,7 @@ def probe_two(file: Path, me: LaunchedRank, platform: Platform) -> None:
 
 
 def start_two(file: Path) -> None:
-    """Run this program on two GPUs; if that fails, the table stays as it is, with its notes."""
+    """Run this program on two GPUs; if they cannot be measured, the table stays as it is, with its notes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     if subprocess.run([*command, "-m", "nemotron_train.probe", str(file)], check=False).returncode:
         console.print("Two GPUs could not be measured; for them the table has the shipped figures.")

@@ -2,7 +2,7 @@
 
 A piece is a model chunk as a pipeline stage holds it (`model/hybrid_model.py`), with the gradient buffers of data
 parallelism, so that weight gradients are accumulated as in training. Weights are quantised in the first pass alone, as
-in a step of many micro-batches.
+in a step of many micro-batches, unless a measurement asks for it.
 """
 
 import gc
@@ -40,7 +40,8 @@ PROBED = (  # the model of the shipped table, with samples of its length
     "precision=bf16",
 )
 WARMUP, REPEATS = 3, 8
-LAUNCHED_TOKENS = 256  # whole blocks of FP8
+LAUNCHED_TOKENS = 256  # so few that the GPU waits for the CPU; whole blocks of FP8
+Measurement = tuple[str, Callable[[], float | tuple[float, ...]]]  # key of the table, what measures it
 STACKED = 4  # layers of a kind, so that each follows and is followed by another
 
 
@@ -123,7 +124,11 @@ class LayerStack:
 
 
 def layer_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat, *, is_first_micro_batch: bool = False) -> float:
-    """Return the time of one layer of a stack of its kind, forward and backward."""
+    """Return the time of one layer of a stack of its kind, forward and backward.
+
+    Args:
+        is_first_micro_batch: weights are quantised in every pass.
+    """
     stack = LayerStack(bench, kind, format)
 
     def forward_backward() -> None:
@@ -135,8 +140,8 @@ def layer_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat, *, is_first
 
 
 def launch_ms(bench: Bench, kind: LayerKind, format: PrecisionFormat) -> tuple[float, float]:
-    """Return what the CPU takes to start the kernels of one layer, forward and backward: with samples so short that the
-    GPU does not hold it up."""
+    """Return the milliseconds the CPU takes to start the kernels of one layer, forward and backward, with samples so
+    short that it never waits for the GPU."""
     short = replace(bench.config.train, seq_length=min(LAUNCHED_TOKENS, bench.config.train.seq_length))
     stack = LayerStack(replace(bench, config=replace(bench.config, train=short)), kind, format)
     spent = []

@@ -3,9 +3,10 @@
 The keys are those of a table (`plan/gpu_table.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import inf
 
 import torch
 
@@ -19,12 +20,14 @@ from nemotron_train.plan.gpu_table import FORMATS
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.plan.sizes import mlp_weights
-from nemotron_train.probe.chunks import Bench, build_chunk, launch_ms, layer_ms, residual
+from nemotron_train.probe.chunks import Bench, Measurement, build_chunk, launch_ms, layer_ms, residual
 
-Measurement = tuple[str, Callable[[], float | tuple[float, ...]]]  # key of the table, what measures it
 SHORT_CALLS = 4  # at once, of what takes a few milliseconds
-LONG = 4  # times the sample, for what takes less than one
-UPDATED = 12  # MLP layers whose update is measured: 45 GB of state, long against what starting it takes
+LONG = 4  # times the sample, for what takes less than a millisecond
+STATE_BYTES = 18  # of a parameter: weight and gradient, master weight and moments
+UPDATED = (
+    12  # MLP layers whose update is measured, where 45 GB are free for their state; starting it counts little then
+)
 
 # Shapes: S sequence, B micro-batch, D hidden, H heads, G query groups, P head dim, f packed projection, V vocabulary.
 
@@ -42,7 +45,7 @@ def measurements(bench: Bench) -> Iterator[Measurement]:
     yield "norm_and_residual_ms", partial(norm_and_residual_ms, bench)
     yield "head_ms", partial(head_ms, bench)
     yield "optimizer_ps_per_parameter", partial(optimizer_ps_per_parameter, bench)
-    for format in FORMATS:
+    for format in FORMATS[1:]:
         yield f"first_pass_ps_per_weight.{format.value}", partial(first_pass_ps_per_weight, bench, format)
 
 
@@ -84,8 +87,8 @@ def attention_core_ms(bench: Bench) -> float:
 
 
 def norm_and_residual_ms(bench: Bench) -> float:
-    """Return a norm and the addition of a layer's output to what it read; of a long sample, since the GPU is through
-    with others before the CPU has started the next kernel."""
+    """Return a norm and the addition of a layer's output to what it read; of a long sample, since with a short one the
+    GPU waits for the CPU to start the next kernel."""
     long = replace(bench.config.train, seq_length=LONG * bench.config.train.seq_length)
     bench = replace(bench, config=replace(bench.config, train=long))
     bench = bench.with_layers(LayerKind.mlp.value, PrecisionFormat.bf16)
@@ -121,8 +124,10 @@ def head_ms(bench: Bench) -> float:
 def optimizer_ps_per_parameter(bench: Bench) -> float:
     """Return AdamW's step with the norm of all gradients, by parameter of a stack of MLP layers. The norm is too small
     to be clipped, as in most steps of a run."""
-    bench = bench.with_layers(LayerKind.mlp.value * UPDATED, PrecisionFormat.bf16)
-    chunk = build_chunk(bench, (LayerKind.mlp,) * UPDATED, has_ends=False)
+    free = torch.cuda.mem_get_info()[0] if bench.platform.is_cuda else inf
+    layers = int(min(UPDATED, max(0.8 * free / (STATE_BYTES * mlp_weights(bench.config.model)), 1)))
+    bench = bench.with_layers(LayerKind.mlp.value * layers, PrecisionFormat.bf16)
+    chunk = build_chunk(bench, (LayerKind.mlp,) * layers, has_ends=False)
     optimizer = build_optimizer(build_optimizer_config(bench.config), [chunk], VECTOR_GROUPS)
     parameters = sum(parameter.numel() for parameter in chunk.parameters())
     for buffer in chunk.buffers:

@@ -15,7 +15,7 @@ from nemotron_train.plan.gpu_table import FORMATS, SHAPE, gpu_from
 from nemotron_train.plan.measured import H200
 from nemotron_train.platform.device import Platform
 from nemotron_train.probe import one_gpu
-from nemotron_train.probe.chunks import Bench
+from nemotron_train.probe.chunks import Bench, Measurement
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "mamba-ssm", "causal-conv1d")
 SHIPPED = "not measured: the shipped table's"
@@ -41,10 +41,11 @@ def measure_one_gpu(bench: Bench, tell: Tell) -> dict[str, Any]:
         "notes": {
             "layer_ms": "forward and backward of a layer in a stack of four of its kind, weight gradients accumulated, "
             "weights quantised before, as in a micro-batch that is not a step's first; medians",
-            "launch_ms": "the CPU's time for a layer of a stack of four, forward and backward, 256 tokens",
+            "launch_ms": "the CPU's time for a layer of a stack of four, [forward, backward], 256 tokens",
             "core_ms": "alone, in bf16",
+            "norm_and_residual_ms": "bf16, of samples four times as long, a quarter of the time",
             "head_ms": "a model without layers: embedding, final norm, output layer, loss",
-            "optimizer_ps_per_parameter": "float32 moments and gradients, nothing clipped; twelve MLP layers",
+            "optimizer_ps_per_parameter": "float32 state, nothing clipped; twelve MLP layers, or what memory holds",
             "first_pass_ps_per_weight": "four MLP layers with weights quantised in every pass, less layer_ms",
             **{name: SHIPPED for name in ("tensor_parallel_ms", "node_gb_per_s", "network_gb_per_s")},
         },
@@ -53,7 +54,7 @@ def measure_one_gpu(bench: Bench, tell: Tell) -> dict[str, Any]:
     return table
 
 
-def enter_all(table: dict[str, Any], measurements: Iterable[one_gpu.Measurement], tell: Tell) -> None:
+def enter_all(table: dict[str, Any], measurements: Iterable[Measurement], tell: Tell) -> None:
     """Measure, in order. An FP8 format that this GPU or its libraries refuse is left out, with their reason."""
     for key, measure in measurements:
         tell(key)
@@ -86,7 +87,7 @@ def note_two_gpus(table: dict[str, Any]) -> None:
 
 
 def write_table(table: dict[str, Any], file: Path) -> None:
-    """Write a table, and check it: what was measured is there to be mended.
+    """Write a table, then check it: one that the planner refuses is kept, to be mended.
 
     Raises:
         ConfigError: it cannot be written, or the planner cannot read it.

@@ -14,9 +14,8 @@ from nemotron_train.plan.layer_times import layer_seconds
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.plan.traffic import tensor_parallel_seconds
-from nemotron_train.probe.chunks import Bench, layer_ms
+from nemotron_train.probe.chunks import Bench, Measurement, layer_ms
 
-Measurement = tuple[str, Callable[[], float]]  # key of the table, what measures it
 LAYERS_OF_MODEL = {LayerKind.mamba: 28, LayerKind.mlp: 28, LayerKind.attention: 6}  # of Nemotron Nano 12B v2
 
 

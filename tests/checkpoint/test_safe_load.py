@@ -23,6 +23,8 @@ from nemotron_train.checkpoint.whole_weights import read_whole_weights
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.errors import CheckpointError
+from nemotron_train.precision.delayed_scaling import DelayedScales
+from nemotron_train.precision.fp8_reference import Fp8Format
 from tests.checkpoint.saved_runs import save_steps, tiny_config, trainer_of
 from tests.engine.live import live_run
 from tests.ranks import RankPool
@@ -177,7 +179,7 @@ def test_fp8_state_is_looked_into_before_transformer_engine_unpickles_it(tmp_pat
 
 
 class Format(Enum):
-    """Stands in for Transformer Engine's, which is in the bytes its layers write; so does the next."""
+    """Stands in, as the next class does, for one of Transformer Engine's that its layers pickle."""
 
     HYBRID = ("e4m3", "e5m2")
 
@@ -190,7 +192,7 @@ class DelayedScaling:
 
 def test_fp8_state_is_looked_into_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a checkpoint of delayed scaling, whose state names classes of Transformer Engine, is called damaged on a
-    machine without it, or if one of its classes that holds no state is let through."""
+    machine without it, or cannot be taken over there, or if one of its classes that holds no state is let through."""
     library = types.ModuleType("transformer_engine.common.recipe")
     library.Format, library.DelayedScaling = Format, DelayedScaling
     with monkeypatch.context() as patch:
@@ -199,10 +201,18 @@ def test_fp8_state_is_looked_into_without_transformer_engine(monkeypatch: pytest
         patch.setitem(sys.modules, library.__name__, library)
         for known in (Format, DelayedScaling):
             patch.setattr(known, "__module__", library.__name__)
-        written = bytes_tensor({"recipe": DelayedScaling(), "scale_fwd": torch.ones(3)})
+        numbers = pickle.loads(bytes(DelayedScales(Fp8Format.e5m2).to_bytes().tolist()))
+        # Some versions of Python pickle the member of an enum by name.
+        named = Call(getattr, Format, "HYBRID")
+        written = bytes_tensor(
+            {"recipe": DelayedScaling(), "member": named, **numbers, "scale_fwd": torch.full((3,), 7.0)}
+        )
     assert b"transformer_engine" in bytes(written.tolist())
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     check_fp8_state("layer", written)
+    scales = DelayedScales(Fp8Format.e5m2)
+    scales.from_bytes(written)
+    assert scales.forward.scale_Q.tolist() == [7.0] * 3
     other = bytes(written.tolist()).replace(b"DelayedScaling", b"DelayedTouches")
     with pytest.raises(DamagedCheckpoint, match="DelayedTouches"):
         check_fp8_state("layer", torch.frombuffer(bytearray(other), dtype=torch.uint8))

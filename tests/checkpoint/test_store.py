@@ -250,6 +250,14 @@ def test_delayed_scaling_may_begin_and_end_with_any_checkpoint(ranks: RankPool, 
         assert torch.equal(contents[2][name], tensor), name
 
 
+def save_without_state_of_a_layer(config: RunConfig) -> None:
+    with live_run(config) as run:
+        in_proj = next(iter(run.chunks[0].module.decoder.layers)).mixer.in_proj
+        plain = {"get_extra_state": torch.nn.Module.get_extra_state}
+        in_proj.__class__ = type("Stateless", (type(in_proj),), plain)
+        save_checkpoint(run, Progress(step=1, consumed_tokens=256), data_hash="hash")
+
+
 def scales_loaded_beside_a_norm_with_state(config: RunConfig, folder: Path) -> list[float]:
     """Load into a run whose last norm has FP8 state too; returns a layer's scales."""
     with live_run(config) as run:
@@ -265,17 +273,21 @@ def test_the_emulations_checkpoint_lacks_the_state_of_transformer_engines_norms(
     ranks: RankPool, tmp_path: Path
 ) -> None:
     """Fails if a run of delayed scaling cannot go from the CPU to a GPU because Transformer Engine keeps FP8 state for
-    modules that quantise nothing, or if the state of the others is left out then."""
+    modules that quantise nothing, if the state of the others is left out then, or if one of them may lack it."""
     config = fp8_config(Path("unused"), tmp_path / "first", PrecisionFormat.fp8_delayed, steps=8)
     ranks.run(start_and_save, 1, config, None, 2)
     folder = saved(tmp_path / "first")
     (scales,) = ranks.run(scales_loaded_beside_a_norm_with_state, 1, config, folder)
     assert 1.0 not in scales[:2], "what a layer starts with"
+    config = fp8_config(Path("unused"), tmp_path / "second", PrecisionFormat.fp8_delayed, steps=8)
+    ranks.run(save_without_state_of_a_layer, 1, config)
+    (said,) = ranks.run(load_errors, 1, config, [saved(tmp_path / "second")])
+    assert "mixer.in_proj._extra_state" in said[0]
 
 
 def settings_after_loading(config: RunConfig, folder: Path) -> list[tuple[bool | None, float, float, bool]]:
-    """Load into a run whose AdamW has a setting that torch's lacks; returns that, another, and the step, by group, and
-    whether it is a whole number."""
+    """Load into a run whose AdamW has a setting that torch's lacks. Returns for each group: that setting, epsilon, the
+    step, and whether the group's step is a whole number."""
     with live_run(config) as run:
         for group in run.optimizer.param_groups:
             group["bias_correction"], group["eps"] = True, 3e-7

@@ -56,28 +56,29 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
     assert config.train.recompute.value == (parts[-1] if parts[-1] in ("full", "selective") else "none")
 
 
-# By the command itself on H200s (2026-11-27, torch 2.11): peak in GiB; milliseconds of a step on up to four machines.
+# By the command itself on H200s (2026-11-27, torch 2.11): peak in GiB, and how near it is planned; milliseconds of a step
+# on up to four machines. Why full recomputation is planned 3 % too large is not known, nor what the 12B holds beside.
 MEASURED = {
-    "slice_bf16_8k": (94.44, [356.5, 361.9, 357.7, 362.2]),
-    "slice_fp8_block_8k": (97.83, [301.9, 309.3, 300.8, 308.5]),
-    "slice_fp8_block_16k": (112.33, [561.9, 575.5, 552.8]),
-    "slice_fp8_block_4k": (90.58, [181.8, 194.1, 193.3, 184.4]),
-    "slice_fp8_block_8k_selective": (95.41, [310.9, 318.5, 311.3]),
-    "slice_fp8_block_16k_full": (87.65, [679.9, 697.6, 678.2]),
-    "slice_fp8_current_8k": (97.74, [276.5, 282.2, 277.7]),
-    "whole_fp8_block_8k": (92.76, [1026.8]),
-    "whole_bf16_8k_full": (108.00, [1502.6]),
+    "slice_bf16_8k": (94.44, 0.005, [356.5, 361.9, 357.7, 362.2]),
+    "slice_fp8_block_8k": (97.83, 0.005, [301.9, 309.3, 300.8, 308.5]),
+    "slice_fp8_block_16k": (112.33, 0.005, [561.9, 575.5, 552.8]),
+    "slice_fp8_block_4k": (90.58, 0.005, [181.8, 194.1, 193.3, 184.4]),
+    "slice_fp8_block_8k_selective": (95.41, 0.005, [310.9, 318.5, 311.3]),
+    "slice_fp8_block_16k_full": (87.65, 0.035, [679.9, 697.6, 678.2]),
+    "slice_fp8_current_8k": (97.74, 0.005, [276.5, 282.2, 277.7]),
+    "whole_fp8_block_8k": (92.76, 0.025, [1026.8]),
+    "whole_bf16_8k_full": (108.00, 0.005, [1502.6]),
 }
 
 
 @pytest.mark.parametrize("name", planner_points.POINTS)
 def test_a_point_is_planned_as_it_was_measured(name: str, tmp_path: Path) -> None:
-    """Fails if what a layer keeps, a copy of the weights, the moments, the logits or what recomputing leaves is
-    forgotten or counted twice; if a layer, the output layer, the optimizer, what is recomputed or the traffic of two
-    GPUs takes another time. Nothing of these points is in the table."""
-    point, (measured_gib, measured_ms) = planner_points.POINTS[name], MEASURED[name]
+    """Fails if what a layer keeps, a copy of the weights, the moments or the logits are forgotten or counted twice; if a
+    layer, the output layer, the optimizer, what full recomputation computes again or the traffic of two GPUs takes
+    another time. No time of a step is in the table."""
+    point, (measured_gib, near, measured_ms) = planner_points.POINTS[name], MEASURED[name]
     plan = plan_run(planner_points.configure(point, tmp_path, ()), point.gpus)
-    assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(measured_gib, rel=0.035)
+    assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(measured_gib, rel=near)
     planned_ms = 1e3 * step_time(plan, plan.batches.segments[0], H200).total
     assert planned_ms == pytest.approx(min(measured_ms), rel=0.07)
     assert planned_ms == pytest.approx(max(measured_ms), rel=0.07)

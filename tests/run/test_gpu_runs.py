@@ -35,7 +35,7 @@ SIZES = dict(
 ALL = ("bf16", "fp8_block", "fp8_current", "fp8_delayed", "fp8_block_weights", "fp8_current_weights")
 BETWEEN = ("bf16", "fp8_block", "fp8_delayed")  # whose checkpoints go between CPU and GPU; the last has state of FP8
 
-FOLLOWS = 1e-3  # relative difference of losses
+FOLLOWS = 1e-3  # relative difference of losses; between bf16 on CPU and GPU it was 1.3e-4 after eight steps
 
 Job = tuple[RunConfig, int | None]  # a run, and the step after which it is stopped
 
@@ -122,7 +122,7 @@ def test_a_run_that_stopped_goes_on_bitwise(runs: Runs, precision: str) -> None:
 def test_a_checkpoint_goes_between_cpu_and_gpu(runs: Runs, first: str, second: str, precision: str) -> None:
     """Fails if Transformer Engine's layers and the plain ones store their weights, or what delayed scaling remembers,
     differently; if their AdamW go on from another's state differently; or if a CPU learns something else in emulated
-    FP8 than a GPU in FP8: both go on from one checkpoint, since they draw different first weights."""
+    FP8 than a GPU in FP8: both go on from one checkpoint, since they draw different first weights. Or if the second did not run elsewhere."""
     straight = runs.losses(f"{first}-{precision}-straight")
     moved = runs.losses(f"{first}-{precision}-then_on_{second}")
     assert moved[:STOP] == straight[:STOP]
