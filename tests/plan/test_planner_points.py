@@ -56,8 +56,9 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
     assert config.train.recompute.value == (parts[-1] if parts[-1] in ("full", "selective") else "none")
 
 
-# By the command itself on H200s (2026-11-27, torch 2.11): peak in GiB, and how near it is planned; milliseconds of a step
-# on up to four machines. Why full recomputation is planned 3 % too large is not known, nor what the 12B holds beside.
+# By the command itself on H200s (2026-11-27, torch 2.11): peak in GiB, and how near it is planned; milliseconds of a
+# step on up to four machines. Why full recomputation is planned 3 % too large, and what the 12B holds beside, is not
+# known.
 MEASURED = {
     "slice_bf16_8k": (94.44, 0.005, [356.5, 361.9, 357.7, 362.2]),
     "slice_fp8_block_8k": (97.83, 0.005, [301.9, 309.3, 300.8, 308.5]),
@@ -73,8 +74,8 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", planner_points.POINTS)
 def test_a_point_is_planned_as_it_was_measured(name: str, tmp_path: Path) -> None:
-    """Fails if what a layer keeps, a copy of the weights, the moments or the logits are forgotten or counted twice; if a
-    layer, the output layer, the optimizer, what full recomputation computes again or the traffic of two GPUs takes
+    """Fails if what a layer keeps, a copy of the weights, the moments or the logits are forgotten or counted twice; if
+    a layer, the output layer, the optimizer, what full recomputation computes again or the traffic of two GPUs takes
     another time. No time of a step is in the table."""
     point, (measured_gib, near, measured_ms) = planner_points.POINTS[name], MEASURED[name]
     plan = plan_run(planner_points.configure(point, tmp_path, ()), point.gpus)

@@ -140,7 +140,7 @@ def test_a_table_that_is_refused_is_there_to_be_mended(ranks: RankPool, tmp_path
     """Fails if minutes of measuring are lost because one of their results cannot be right."""
     table, file = mend(_probed(ranks)[0]), tmp_path / "probed.json"
     table["layer_ms"]["mlp"]["bf16"] = table["norm_and_residual_ms"] / 2
-    with pytest.raises(ConfigError, match="layer_ms.mlp.bf16"):
+    with pytest.raises(ConfigError, match=r"layer_ms\.mlp\.bf16"):
         write_table(table, file)
     assert json.loads(file.read_text()) == table
 

@@ -121,8 +121,9 @@ def test_a_run_that_stopped_goes_on_bitwise(runs: Runs, precision: str) -> None:
 @pytest.mark.parametrize(("first", "second"), [("cpu", "gpu"), ("gpu", "cpu")])
 def test_a_checkpoint_goes_between_cpu_and_gpu(runs: Runs, first: str, second: str, precision: str) -> None:
     """Fails if Transformer Engine's layers and the plain ones store their weights, or what delayed scaling remembers,
-    differently; if their AdamW go on from another's state differently; or if a CPU learns something else in emulated
-    FP8 than a GPU in FP8: both go on from one checkpoint, since they draw different first weights. Or if the second did not run elsewhere."""
+    differently; if their AdamW go on from another's state differently; if a CPU learns something else in emulated FP8
+    than a GPU in FP8; or if the second run was not elsewhere. Both go on from one checkpoint, since they draw different
+    first weights."""
     straight = runs.losses(f"{first}-{precision}-straight")
     moved = runs.losses(f"{first}-{precision}-then_on_{second}")
     assert moved[:STOP] == straight[:STOP]
