@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -55,7 +55,7 @@ from nemotron_train.runtime import Progress, Runtime
 # torch's CheckpointException is a BaseException: left to itself it would pass every `except Exception`.
 _LOAD_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException, ValueError, KeyError)
 
-_FP8_STATE = "_extra_state"  # PyTorch's name for what a module keeps beside tensors; here only FP8 layers have it
+_FP8_STATE = "_extra_state"  # PyTorch's name for what a module keeps beside tensors; stored under delayed scaling only
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def load_checkpoint(run: Runtime, folder: Path, check: Callable[[Commit], None])
     """Load weights, master weights and moments from a checkpoint written under any layout.
 
     One without optimizer state (`weights_only.py`) leaves the moments as they are and makes its weights the master
-    weights. FP8 state that is not in it, which delayed scaling alone has, stays as it is: its history begins anew.
+    weights. FP8 state stays as it is, and its history begins anew, if the checkpoint has none (only delayed scaling
+    has it); one that has it for some products only is refused.
 
     Args:
         check: raises if the run must not go on from this commit; called before anything is loaded.
@@ -214,11 +215,11 @@ def _check_fp8_states(loaded: dict[str, Any]) -> None:
                     check_fp8_state(name, value)
 
 
-def _without_missing_fp8_state(weights: dict[str, Any], stored: Container[str], plan: RunPlan) -> dict[str, Any]:
+def _without_missing_fp8_state(weights: dict[str, Any], stored: Collection[str], plan: RunPlan) -> dict[str, Any]:
     """Leave out FP8 state that the checkpoint lacks: all of it if its run had no delayed scaling; that of norms and
     attention, which Transformer Engine writes and never reads, if the emulation wrote it."""
     of_products = {f"{gemm.name}.{_FP8_STATE}" for gemm in plan.gemms}
-    has_state = any(value.unique_key in stored for value in weights.values() if value.key in of_products)
+    has_state = any(key.partition("/")[0] in of_products for key in stored)  # "NAME._extra_state/shard_0_1"
     return {
         name: value
         for name, value in weights.items()

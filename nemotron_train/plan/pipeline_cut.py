@@ -1,8 +1,9 @@
 """Where the pipeline is cut: which layers every model chunk holds.
 
 Chunk c lives on pipeline rank c % pp_size as its virtual stage c // pp_size, which is the order in which
-Megatron-Core's interleaved schedule visits them. The slowest rank sets the pace of all, so its cost is what a cut
-makes small; the embedding counts for the first chunk and the output layer for the last.
+Megatron-Core's interleaved schedule visits them. Without virtual stages the slowest rank sets the pace of all, so its
+cost is what a cut makes small; with them it is the time of a step, run pass by pass. The embedding counts for the first
+chunk and the output layer for the last.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +14,9 @@ from math import inf
 
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.pattern import ParsedPattern
-from nemotron_train.plan.pipeline_schedule import RUN_ROUNDS, run_step
+from nemotron_train.plan.pipeline_schedule import RUN_ROUNDS, step_seconds
 
-TRIED_PASSES = 1_500_000  # in all the steps that are tried: about a second where many are run to their end
+TRIED_PASSES = 1_000_000  # in all the steps that are tried: about a second where many are run to their end
 LEAST_GAIN = 1e-9  # of a step's time: less is rounding
 
 Join = Callable[[float, float], float]  # (cost of a chunk, score of the chunks after it) -> score
@@ -36,7 +37,7 @@ def cut_pipeline(
     """Return every model chunk's range of global layer indices, in pipeline order.
 
     Args:
-        micro_batches: of a step; virtual stages are cut for it.
+        micro_batches: of a step on a rank; it matters with virtual stages only.
 
     Raises:
         ConfigError: as `check_cut`.
@@ -110,7 +111,7 @@ def _cut_evenly(costs: _ChunkCosts) -> tuple[int, ...]:
     Two exact passes of dynamic programming from the last chunk backwards: the first finds the smallest possible
     maximum, the second the smallest sum of squares that keeps to it.
     """
-    maximum = _best_cuts(costs, limit=float("inf"), join=max)[0]
+    maximum = _best_cuts(costs, limit=inf, join=max)[0]
     return _best_cuts(costs, limit=maximum, join=lambda cost, rest: cost * cost + rest)[1]
 
 
@@ -135,32 +136,37 @@ def _shift_cuts(cuts: tuple[int, ...], costs: StageCosts, pp_size: int, micro_ba
     """Shift cuts by one layer, one or several in a row, as long as that shortens a step run pass by pass.
 
     Ranks with virtual stages wait for each other chunk by chunk, and their sums count too, so neither alone says which
-    cut is best. The result is a local optimum; on patterns small enough to try all cuts it is mostly the best of them.
+    cut is best. The result is a local optimum or, where `TRIED_PASSES` ran out (from about 32 chunks on), the best so
+    far; on patterns small enough to try all cuts it is mostly the best of them.
     """
     num_layers = len(costs.layers)
-    passes_of_a_step = 2 * micro_batches * (len(cuts) + 1)
+    passes_of_a_step = 2 * min(micro_batches, 2 * RUN_ROUNDS * pp_size) * (len(cuts) + 1)
+    tried = 0
 
-    def seconds(cuts: Sequence[int], limit: float) -> float:
-        chunks = chunk_costs(_ranges(cuts, num_layers), costs)
+    def seconds(some_cuts: Sequence[int], limit: float) -> float:
+        nonlocal tried
+        chunks = chunk_costs(_ranges(some_cuts, num_layers), costs)
         # A rank starts when those before it have passed on a micro-batch, and they end after it.
         least = max(micro_batches * sum(chunks[rank::pp_size]) + sum(chunks[:rank]) for rank in range(pp_size))
-        return limit if least >= limit else run_step(chunks, pp_size, micro_batches, limit)
+        if least >= limit:
+            return limit
+        tried += 1
+        return step_seconds(chunks, pp_size, micro_batches, limit)
 
-    best, shortest = tuple(cuts), seconds(cuts, inf)
+    best, shortest = cuts, seconds(cuts, inf)
     shifts = [
         (first, first + count, by)
         for count in range(1, len(cuts) + 1)
         for first in range(len(cuts) - count + 1)
         for by in (-1, 1)
     ]
-    failed = tried = 0
+    failed = 0
     for first, end, by in cycle(shifts):
         if failed == len(shifts) or tried * passes_of_a_step > TRIED_PASSES:
             return best
         shifted = (*best[:first], *(cut + by for cut in best[first:end]), *best[end:])
         failed += 1
         if all(start < end for start, end in pairwise((0, *shifted, num_layers))):
-            tried += 1
             found = seconds(shifted, shortest * (1 - LEAST_GAIN))
             if found < shortest * (1 - LEAST_GAIN):
                 best, shortest, failed = shifted, found, 0

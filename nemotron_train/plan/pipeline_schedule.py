@@ -1,8 +1,8 @@
-"""In which order does a pipeline run its passes, and how long does a step take so?
+"""In which order does a pipeline run its passes, and how long does a step take then?
 
-Megatron-Core's schedule, in closed form: after a warm-up of forward passes one forward and one backward pass in turn;
-interleaved, micro-batches go through the virtual stages in rounds of as many as there are ranks. Here sending takes no
-time, and a backward pass twice its forward pass.
+The order is Megatron-Core's: after a warm-up of forward passes one forward and one backward pass in turn;
+interleaved, micro-batches go through the virtual stages in rounds of as many as there are ranks. Times come from
+running the passes in that order; sending takes no time then, and a backward pass twice its forward pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,16 +30,21 @@ def order_of(rank: int, pp_size: int, vpp_size: int, micro_batches: int) -> tupl
     return (*forward[:ahead], *in_turn, *backward[len(turns) - ahead :])
 
 
-def step_seconds(chunks: Sequence[float], pp_size: int, micro_batches: int) -> float:
+def step_seconds(chunks: Sequence[float], pp_size: int, micro_batches: int, limit: float = inf) -> float:
     """Return how long a step takes: run to its end, or for some rounds and from there on at the pace of the last.
 
     Args:
         chunks: what forward and backward of each model chunk take together, in pipeline order.
+        limit: a step that will take as long is answered with this, as soon as it is seen.
     """
     run = min(micro_batches, RUN_ROUNDS * pp_size)
-    seconds = run_step(chunks, pp_size, run)
+    # Micro-batches beyond those come no faster than the rank that has most to do works.
+    least_beyond = (micro_batches - run) * max(sum(chunks[rank::pp_size]) for rank in range(pp_size))
+    seconds = run_step(chunks, pp_size, run, limit - least_beyond)
     if micro_batches == run:
         return seconds
+    if seconds >= limit - least_beyond:
+        return limit
     round_seconds = seconds - run_step(chunks, pp_size, run - pp_size)
     return seconds + (micro_batches - run) / pp_size * round_seconds
 
@@ -99,9 +104,8 @@ def most_in_flight(kept: Iterable[int], pp_size: int, rank: int, micro_batches: 
     """
     kept = list(kept)
     held = most = 0
-    for backward, _, stage in order_of(
-        rank, pp_size, len(kept), min(micro_batches, 4 * pp_size)
-    ):  # later rounds repeat
+    run = min(micro_batches, 4 * pp_size)  # the warm-up ends in the third round at the latest; later ones repeat
+    for backward, _, stage in order_of(rank, pp_size, len(kept), run):
         held += -kept[stage] if backward else kept[stage]
         most = max(most, held)
     return most

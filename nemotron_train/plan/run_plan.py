@@ -89,8 +89,8 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     seq_length = config.train.seq_length
     costs = stage_costs(config, pattern, seq_length)
     batches = plan_batches(config.train, config.data.phases, layout.data)
-    most = max(segment.global_batch_size for segment in batches.segments)
-    micro_batches = most // (batches.micro_batch_size * layout.data)
+    # Virtual stages are cut for the segment with most micro-batches: batches grow, so most steps are its.
+    micro_batches = max(batches.num_micro_batches_at(segment.start_tokens) for segment in batches.segments)
     return RunPlan(
         config=config,
         layout=layout,

@@ -6,7 +6,7 @@ A layout is refused by the rules of a run, by memory, or because FP8 blocks of 1
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import gcd
@@ -18,7 +18,7 @@ from nemotron_train.plan.batching import plan_batches
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.measured import GPUS_PER_NODE
-from nemotron_train.plan.memory import memory_gib_per_gpu, needed_gib, plan_memory
+from nemotron_train.plan.memory import RankMemory, memory_gib_per_gpu, needed_gib, plan_memory
 from nemotron_train.plan.nearest import nearest_multiples
 from nemotron_train.plan.precision_map import FP8_BLOCK
 from nemotron_train.plan.rank_share import tokens_on_rank
@@ -28,7 +28,7 @@ from nemotron_train.plan.step_time import has_times, plan_time
 
 TENSOR_SIZES, CONTEXT_SIZES, PIPELINE_SIZES = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
 VIRTUAL_SIZES, MICRO_BATCH_SIZES = (1, 2, 4), (1, 2, 4)
-SHOWN = 12
+SHOWN, CUT_FOR_THEMSELVES = 12, 24
 LONG_SAMPLE = 16_384  # tokens; shorter samples are not split over context-parallel ranks here
 
 
@@ -85,34 +85,53 @@ def search_layouts(config: RunConfig, world_size: int, gpu: Gpu) -> Found:
             continue
         if last is None or last.config.parallel != trial.parallel:
             last = plan_run(trial, world_size)
-        else:  # another micro-batch: every layer takes longer alike, so the pipeline is cut as it was
+        else:  # another micro-batch: every layer takes longer about alike, so the pipeline is cut as it was
             batches = plan_batches(trial.train, trial.data.phases, last.layout.data)
             last = replace(last, config=trial, batches=batches)
         candidates += _candidates(last, gpu, refused)
-    candidates.sort(key=lambda candidate: candidate.tokens_per_second_per_gpu, reverse=True)
+    candidates.sort(key=_speed, reverse=True)
+    first = (_cut_for_itself(each, config, world_size, gpu) for each in candidates[:CUT_FOR_THEMSELVES])
+    candidates[:CUT_FOR_THEMSELVES] = [each for each in first if each is not None]
+    candidates.sort(key=_speed, reverse=True)
     return Found(
         world_size, gpu, tuple(candidates), tuple(refused.most_common()), tuple(batch_advice(config, world_size))
     )
 
 
+def _speed(candidate: Candidate) -> float:
+    return candidate.tokens_per_second_per_gpu
+
+
 def _layouts(config: RunConfig) -> Iterator[RunConfig]:
-    """Yield the run under every layout and micro-batch; cuts by hand are dropped, they belong to one of them."""
-    model = replace(config.model, layer_pattern=config.model.layer_pattern.replace("|", ""))
+    """Yield the run under every layout and micro-batch, without recomputation."""
     contexts = CONTEXT_SIZES if config.train.seq_length >= LONG_SAMPLE else (1,)
-    sizes = product(TENSOR_SIZES, contexts, PIPELINE_SIZES, VIRTUAL_SIZES, MICRO_BATCH_SIZES)
-    for tensor, context, pipeline, virtual, micro_batch in sizes:
+    for tensor, context, pipeline, virtual in product(TENSOR_SIZES, contexts, PIPELINE_SIZES, VIRTUAL_SIZES):
         if virtual > 1 and pipeline == 1:
             continue
-        parallel = replace(
-            config.parallel,
-            tensor_parallel_size=tensor,
-            sequence_parallel=tensor > 1,
-            context_parallel_size=context,
-            pipeline_parallel_size=pipeline,
-            virtual_pipeline_size=virtual,
-        )
-        train = replace(config.train, micro_batch_size=micro_batch, recompute=Recompute.none)
-        yield replace(config, parallel=parallel, model=model, train=train)
+        for micro_batch in MICRO_BATCH_SIZES:
+            yield _under_layout(config, (tensor, context, pipeline, virtual), micro_batch, Recompute.none)
+
+
+def _under_layout(
+    config: RunConfig, layout: tuple[int, int, int, int], micro_batch_size: int, recompute: Recompute
+) -> RunConfig:
+    """Return the run under another layout; cuts by hand are dropped, they belong to one of them.
+
+    Args:
+        layout: tensor, context, pipeline, virtual.
+    """
+    tensor, context, pipeline, virtual = layout
+    parallel = replace(
+        config.parallel,
+        tensor_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
+        context_parallel_size=context,
+        pipeline_parallel_size=pipeline,
+        virtual_pipeline_size=virtual,
+    )
+    model = replace(config.model, layer_pattern=config.model.layer_pattern.replace("|", ""))
+    train = replace(config.train, micro_batch_size=micro_batch_size, recompute=recompute)
+    return replace(config, parallel=parallel, model=model, train=train)
 
 
 def refusal(config: RunConfig, world_size: int) -> str | None:
@@ -149,22 +168,37 @@ def _candidates(plan: RunPlan, gpu: Gpu, refused: Counter[str]) -> Iterator[Cand
     for recompute in Recompute:
         train = replace(plan.config.train, recompute=recompute)
         trial = replace(plan, config=replace(plan.config, train=train))
-        ranks, layout = plan_memory(trial), plan.layout
+        ranks = plan_memory(trial)
         if needed_gib(ranks) > gpu.memory_gib:
             refused[f"needs more than the {gpu.memory_gib:g} GiB of {gpu.name}"] += 1
             continue
-        timed = plan_time(trial, gpu)
-        yield Candidate(
-            layout.tensor,
-            layout.context,
-            layout.pipeline,
-            layout.virtual_pipeline,
-            train.micro_batch_size,
-            recompute,
-            memory_gib_per_gpu(ranks),
-            timed.tokens_per_second_per_gpu,
-            timed.days,
-        )
+        yield _candidate(trial, ranks, gpu)
+
+
+def _candidate(plan: RunPlan, ranks: Sequence[RankMemory], gpu: Gpu) -> Candidate:
+    layout, train, timed = plan.layout, plan.config.train, plan_time(plan, gpu)
+    return Candidate(
+        layout.tensor,
+        layout.context,
+        layout.pipeline,
+        layout.virtual_pipeline,
+        train.micro_batch_size,
+        train.recompute,
+        memory_gib_per_gpu(ranks),
+        timed.tokens_per_second_per_gpu,
+        timed.days,
+    )
+
+
+def _cut_for_itself(found: Candidate, config: RunConfig, world_size: int, gpu: Gpu) -> Candidate | None:
+    """Return a layout with the cut that it gets as a run of its own, or None if it does not fit then. The search cuts
+    each layout once, and the cut into virtual stages goes by the number of micro-batches and by recomputation too."""
+    if found.virtual_pipeline == 1:
+        return found
+    layout = (found.tensor, found.context, found.pipeline, found.virtual_pipeline)
+    plan = plan_run(_under_layout(config, layout, found.micro_batch_size, found.recompute), world_size)
+    ranks = plan_memory(plan)
+    return _candidate(plan, ranks, gpu) if needed_gib(ranks) <= gpu.memory_gib else None
 
 
 def batch_advice(config: RunConfig, world_size: int) -> Iterator[str]:

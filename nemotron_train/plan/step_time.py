@@ -3,7 +3,7 @@
 What it rests on: times of single layers on one and two H200s (`tables/h200.json`); `--probe` writes such a table for
 another card. Nine configurations of the 12B and its 18-layer slice on one and two H200s took what it says within 7 %
 (`benchmarks/README.md`). More GPUs, pipelines, context parallelism and other models have not been measured: there it is
-arithmetic.
+arithmetic. Left out: adding up the gradient of tied embeddings over first and last stage.
 """
 
 from dataclasses import dataclass
@@ -65,16 +65,17 @@ class RunTime:
 
 
 def has_times(format: PrecisionFormat) -> bool:
-    """Return whether anything was measured in this precision."""
+    """Return whether there are times for this precision: measured, or those of a format that stands for it."""
     return format is not PrecisionFormat.fp32
 
 
 def plan_time(plan: RunPlan, gpu: Gpu = H200) -> RunTime:
     """Add up the run; `has_times` must hold for its precision."""
     world_size = plan.layout.world_size
-    steps = plan.batches.steps_by_segment()
-    seconds = sum(count * step_time(plan, segment, gpu).total for segment, count in steps)
     first = step_time(plan, plan.batches.segments[0], gpu)
+    steps = [(segment, count) for segment, count in plan.batches.steps_by_segment() if count]
+    times = (first if segment is plan.batches.segments[0] else step_time(plan, segment, gpu) for segment, _ in steps)
+    seconds = sum(time.total * count for time, (_, count) in zip(times, steps, strict=True))
     tokens_per_second = plan.tokens_per_step / first.total / world_size
     return RunTime(
         first_step=first,
@@ -88,7 +89,7 @@ def plan_time(plan: RunPlan, gpu: Gpu = H200) -> RunTime:
 def step_time(plan: RunPlan, segment: BatchSegment, gpu: Gpu) -> StepTime:
     """Add up a step of `segment`."""
     config, layout, length = plan.config, plan.layout, segment.seq_length
-    micro_batches = segment.global_batch_size // (plan.batches.micro_batch_size * layout.data)
+    micro_batches = plan.batches.num_micro_batches_at(segment.start_tokens)
     compute = chunk_costs(plan.chunks, stage_costs(config, plan.pattern, length, gpu))
     traffic = chunk_costs(plan.chunks, _layer_traffic(plan, length, gpu))
     chunks = [a + b for a, b in zip(compute, traffic, strict=True)]
@@ -101,7 +102,7 @@ def step_time(plan: RunPlan, segment: BatchSegment, gpu: Gpu) -> StepTime:
     return StepTime(
         layers=micro_batches * sum(compute[its_chunks]),
         tensor_and_context=micro_batches * sum(traffic[its_chunks]),
-        bubble=step_seconds(chunks, layout.pipeline, micro_batches) - work,
+        bubble=max(step_seconds(chunks, layout.pipeline, micro_batches) - work, 0.0) if layout.pipeline > 1 else 0.0,
         pipeline_traffic=sends * pipeline_seconds(config, layout, length, gpu),
         data_traffic=_exposed_data_traffic(plan, parameters, sum(chunks[its_chunks]), gpu),
         optimizer=_optimizer_seconds(plan, parameters, gpu),

@@ -1,4 +1,4 @@
-"""The cut is the best there is, on patterns small enough to try them all."""
+"""The cut is the best there is, or with virtual stages mostly, on patterns small enough to try them all."""
 
 import itertools
 import random
@@ -41,18 +41,20 @@ def test_stages_are_as_even_as_trying_every_cut(pp_size: int) -> None:
         assert max(chunk_costs(chunks, costs)) == best, pattern
 
 
-@pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 2), (2, 3), (3, 2), (4, 2)])
-def test_a_step_with_virtual_stages_is_about_as_short_as_any_cut_makes_it(pp_size: int, vpp_size: int) -> None:
+@pytest.mark.parametrize(("pp_size", "vpp_size", "rounds"), [(2, 2, 4), (2, 3, 4), (3, 2, 4), (4, 2, 4), (2, 3, 12)])
+def test_a_step_with_virtual_stages_is_about_as_short_as_any_cut_makes_it(
+    pp_size: int, vpp_size: int, rounds: int
+) -> None:
     """Fails if the search stops at cuts that are mostly not the best, or takes a layer away. A step is run pass by pass
     in Megatron-Core's order, with costs from 1 to 9."""
     beyond = []
     for seed in range(15):
         pattern, costs = random_case(seed, pp_size * vpp_size)
-        chunks = cut_pipeline(parse_pattern(pattern), costs, pp_size, vpp_size, 4 * pp_size)
+        chunks = cut_pipeline(parse_pattern(pattern), costs, pp_size, vpp_size, rounds * pp_size)
         assert [layer for chunk in chunks for layer in chunk] == list(range(len(pattern)))
         assert all(chunks)
         best, found = (
-            min(simulated_pipeline.seconds(chunk_costs(tried, costs), pp_size, 4 * pp_size) for tried in cuts)
+            min(simulated_pipeline.seconds(chunk_costs(tried, costs), pp_size, rounds * pp_size) for tried in cuts)
             for cuts in (all_cuts(len(pattern), pp_size * vpp_size), [chunks])
         )
         beyond.append(found / best - 1)
@@ -98,7 +100,7 @@ def test_a_cut_that_cannot_be_is_refused(pattern: str, pp_size: int, vpp_size: i
     ("pp_size", "vpp_size", "imbalance"), [(2, 1, 0.02), (4, 1, 0.031), (4, 2, 0.03), (4, 4, 0.02), (4, 5, 0.02)]
 )
 def test_the_12b_is_cut_evenly(pp_size: int, vpp_size: int, imbalance: float) -> None:
-    """Fails if the output layer (almost a fifth of a quarter of the model) is not counted, or large cuts get worse."""
+    """Fails if the output layer (almost a fifth of a quarter of the model) is not counted, or many chunks less evenly."""
     costs = nano(pp_size, vpp_size).pipeline_costs()
     assert max(costs) * pp_size / sum(costs) - 1 < imbalance
 
@@ -136,8 +138,20 @@ def test_virtual_stages_of_the_12b_shorten_the_step(pp_size: int, vpp_size: int)
     for stages in (1, vpp_size):
         plan = nano(pp_size, stages)
         costs = stage_costs(plan.config, plan.pattern, plan.config.train.seq_length)
-        seconds.append(simulated_pipeline.seconds(chunk_costs(plan.chunks, costs), pp_size, 16))
+        micro_batches = plan.batches.num_micro_batches_at(0)
+        seconds.append(simulated_pipeline.seconds(chunk_costs(plan.chunks, costs), pp_size, micro_batches))
     assert seconds[1] < seconds[0]
+
+
+def test_virtual_stages_are_cut_for_the_largest_batch() -> None:
+    """Fails if a run whose batch grows is cut for its few first steps."""
+    growing = "train.batch_schedule=[{start_tokens: 1_006_632_960, global_batch_size: 64}]"
+    few, many, grown = (
+        nano(4, 4, f"train.global_batch_size={batch}", *changes).chunks
+        for batch, changes in ((4, ()), (64, ()), (4, (growing,)))
+    )
+    assert few != many
+    assert grown == many
 
 
 def nano(pp_size: int, vpp_size: int, *changes: str) -> RunPlan:

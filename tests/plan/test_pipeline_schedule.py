@@ -1,4 +1,4 @@
-"""The pipeline's schedule in closed form, against Megatron-Core's own tables."""
+"""The pipeline's schedule, against Megatron-Core's own tables."""
 
 import random
 
@@ -13,7 +13,8 @@ SIZES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 3), (2, 4), (8, 2)]
 @pytest.mark.parametrize(("pp_size", "vpp_size"), SIZES[1:])
 def test_passes_run_in_megatron_cores_order(pp_size: int, vpp_size: int) -> None:
     """Fails if a rank's warm-up is miscounted, or micro-batches go through virtual stages in other rounds."""
-    for micro_batches in (pp_size, 2 * pp_size, 5 * pp_size):
+    odd = (1, pp_size - 1, pp_size + 1) if vpp_size == 1 else ()
+    for micro_batches in (pp_size, 2 * pp_size, 5 * pp_size, *odd):
         for rank in range(pp_size):
             theirs = simulated_pipeline.order_of(rank, pp_size, vpp_size, micro_batches)
             ours = [
@@ -25,14 +26,16 @@ def test_passes_run_in_megatron_cores_order(pp_size: int, vpp_size: int) -> None
 
 @pytest.mark.parametrize(("pp_size", "vpp_size"), SIZES[1:])
 def test_a_step_takes_what_its_passes_and_waiting_do(pp_size: int, vpp_size: int) -> None:
-    """Fails if a pass starts before what it needs, or later, or many rounds are not like the last one that was run."""
+    """Fails if a pass starts before what it needs, or later, if many rounds are not like the last one that was run, or
+    if a limit stops a step that would be shorter."""
     dice = random.Random(pp_size * vpp_size)
-    for micro_batches in (2 * pp_size, 11 * pp_size):
+    for micro_batches in (2 * pp_size, 11 * pp_size, *([9 * pp_size + 1] if vpp_size == 1 else [])):
         chunks = [dice.uniform(0.5, 1.5) for _ in range(pp_size * vpp_size)]
         expected = simulated_pipeline.seconds(chunks, pp_size, micro_batches)
         assert run_step(chunks, pp_size, micro_batches) == pytest.approx(expected)
         assert step_seconds(chunks, pp_size, micro_batches) == pytest.approx(expected, rel=0.01)
         assert run_step(chunks, pp_size, micro_batches, limit=0.99 * expected) == 0.99 * expected
+        assert run_step(chunks, pp_size, micro_batches, limit=1.001 * expected) == pytest.approx(expected)
 
 
 def test_the_bubble_of_equal_chunks_is_the_published_one() -> None:

@@ -9,7 +9,7 @@ from nemotron_train.config.load import load_config
 from nemotron_train.plan.measured import H100, H200
 from nemotron_train.plan.memory import memory_gib_per_gpu, plan_memory
 from nemotron_train.plan.run_plan import plan_run
-from nemotron_train.plan.search import Found, batch_advice, describe_search, refusal, search_json, search_layouts
+from nemotron_train.plan.search import SHOWN, Found, batch_advice, describe_search, refusal, search_json, search_layouts
 from nemotron_train.plan.step_time import plan_time
 from tests.plan.small import experiment_with
 
@@ -56,14 +56,17 @@ def test_a_batch_that_divides_needs_no_advice() -> None:
     assert list(batch_advice(experiment_with(NANO), 736)) == []
 
 
-def test_the_first_layout_does_what_it_promises() -> None:
-    """Fails if the overrides shown plan another run than the one ranked; here it is split over tensor and pipeline."""
-    best = found_on(1024).candidates[0]
-    assert best.tensor > 1 < best.pipeline
-    config = load_config([f"experiment={NANO}", *best.overrides().split()])
-    plan = plan_run(config, 1024)
-    assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(best.memory_gib)
-    assert plan_time(plan).tokens_per_second_per_gpu == pytest.approx(best.tokens_per_second_per_gpu)
+@pytest.mark.parametrize(("batch", "world_size"), [(736, 1024), (64, 16)])
+def test_the_layouts_shown_do_what_they_promise(batch: int, world_size: int) -> None:
+    """Fails if the overrides shown plan another run than the one ranked: of the first case, split over tensor and
+    pipeline; of those with virtual stages, whose cut goes by the micro-batch."""
+    first = found_on(world_size, f"train.global_batch_size={batch}").candidates[:SHOWN]
+    assert any(each.virtual_pipeline > 1 for each in first) if batch == 64 else first[0].tensor > 1 < first[0].pipeline
+    for each in [first[0], *(each for each in first if each.virtual_pipeline > 1)]:
+        config = load_config([f"experiment={NANO}", f"train.global_batch_size={batch}", *each.overrides().split()])
+        plan = plan_run(config, world_size)
+        assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(each.memory_gib)
+        assert plan_time(plan).tokens_per_second_per_gpu == pytest.approx(each.tokens_per_second_per_gpu)
 
 
 def test_layouts_are_ranked_and_fit() -> None:
