@@ -100,7 +100,8 @@ def test_a_cut_that_cannot_be_is_refused(pattern: str, pp_size: int, vpp_size: i
     ("pp_size", "vpp_size", "imbalance"), [(2, 1, 0.02), (4, 1, 0.031), (4, 2, 0.03), (4, 4, 0.02), (4, 5, 0.02)]
 )
 def test_the_12b_is_cut_evenly(pp_size: int, vpp_size: int, imbalance: float) -> None:
-    """Fails if the output layer (almost a fifth of a quarter of the model) is not counted, or many chunks less evenly."""
+    """Fails if the output layer (almost a fifth of a quarter of the model) is not counted, or many chunks are less
+    even."""
     costs = nano(pp_size, vpp_size).pipeline_costs()
     assert max(costs) * pp_size / sum(costs) - 1 < imbalance
 
