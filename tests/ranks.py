@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import queue
+import secrets
 import socket
 import sys
 import traceback
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 JOB_SECONDS = 240
+FIXED_PORTS = range(20_000, 32_768)  # Linux gives connections and servers without a wish those above
 # Forks of a process that has imported torch and Megatron-Core once, which takes seconds; fresh processes where imports
 # may have touched a GPU, because CUDA does not survive a fork.
 CAN_FORK = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
@@ -95,6 +97,13 @@ class RankPool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Find a port that nobody listens on: below those that the kernel hands out, of which another rank's connection may
+    be given the same before this one is used."""
+    while True:
+        port = secrets.choice(FIXED_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
