@@ -56,15 +56,17 @@ def test_a_batch_that_divides_needs_no_advice() -> None:
     assert list(batch_advice(experiment_with(NANO), 736)) == []
 
 
-@pytest.mark.parametrize(("batch", "world_size"), [(736, 1024), (64, 16)])
-def test_the_layouts_shown_do_what_they_promise(batch: int, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("changes", "world_size"), [((), 1024), (("train.global_batch_size=64", SHORT, "precision.bf16_last_layers=0"), 16)]
+)
+def test_the_layouts_shown_do_what_they_promise(changes: tuple[str, ...], world_size: int) -> None:
     """Fails if the overrides shown plan another run than the one ranked: of the first case, split over tensor and
     pipeline; of those with virtual stages, whose cut goes by the micro-batch."""
-    first = found_on(world_size, f"train.global_batch_size={batch}").candidates[:SHOWN]
-    assert any(each.virtual_pipeline > 1 for each in first) if batch == 64 else first[0].tensor > 1 < first[0].pipeline
-    for each in [first[0], *(each for each in first if each.virtual_pipeline > 1)]:
-        config = load_config([f"experiment={NANO}", f"train.global_batch_size={batch}", *each.overrides().split()])
-        plan = plan_run(config, world_size)
+    first = found_on(world_size, *changes).candidates[:SHOWN]
+    virtual = [each for each in first if each.virtual_pipeline > 1]
+    assert virtual if changes else first[0].tensor > 1 < first[0].pipeline
+    for each in [first[0], *virtual]:
+        plan = plan_run(load_config([f"experiment={NANO}", *changes, *each.overrides().split()]), world_size)
         assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(each.memory_gib)
         assert plan_time(plan).tokens_per_second_per_gpu == pytest.approx(each.tokens_per_second_per_gpu)
 
