@@ -216,9 +216,9 @@ def _check_fp8_states(loaded: dict[str, Any]) -> None:
 
 
 def _without_missing_fp8_state(weights: dict[str, Any], stored: Collection[str], plan: RunPlan) -> dict[str, Any]:
-    """Leave out FP8 state that the checkpoint lacks: all of it if its run had no delayed scaling; that of norms and
-    attention, which Transformer Engine writes and never reads, if the emulation wrote it."""
-    of_products = {f"{gemm.name}.{_FP8_STATE}" for gemm in plan.gemms}
+    """Leave out FP8 state that the checkpoint lacks: all of it if its run had no delayed scaling; that of what runs in
+    bfloat16, norms and output layer, which Transformer Engine writes and never reads, if the emulation wrote it."""
+    of_products = {f"{gemm.name}.{_FP8_STATE}" for gemm in plan.gemms if gemm.in_fp8}
     has_state = any(key.partition("/")[0] in of_products for key in stored)  # "NAME._extra_state/shard_0_1"
     return {
         name: value
