@@ -57,7 +57,7 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
 
 
 # By the command itself on H200s (2026-11-27, torch 2.11): peak in GiB, and how near it is planned; milliseconds of a
-# step on up to four machines. Why full recomputation is planned 3 % too large, and what the 12B holds beside, is not
+# step in up to four runs. Why full recomputation is planned 3 % too large, and what the 12B holds beside, is not
 # known.
 MEASURED = {
     "slice_bf16_8k": (94.44, 0.005, [356.5, 361.9, 357.7, 362.2]),
