@@ -38,6 +38,7 @@ from nemotron_train.data.batch import RankShare
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import Groups, process_groups
+from nemotron_train.engine.user_buffers import user_buffers
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.measured import choose_gpu
 from nemotron_train.plan.memory import GIB, memory_gib_per_gpu, plan_memory
@@ -71,6 +72,14 @@ def whole_point(*own: str) -> Point:
     return Point(2, (*SHAPES["whole"].overrides, "train.global_batch_size=2", *own))
 
 
+def shared_slice_point(gpus: int, precision: str, *own: str) -> Point:
+    """Return the slice over the ranks of a tensor-parallel group: four micro-batches, so that layers are most of it."""
+    pattern, *_ = SHAPES["slice"].overrides
+    layout = (f"parallel=tensor_{gpus}", "train.global_batch_size=4")
+    return Point(gpus, (pattern, *layout, *ALL_IN_BF16, f"precision={precision}", *own))
+
+
+OVERLAP = "parallel.overlap_tensor_comm=true"
 POINTS = {
     "slice_bf16_8k": slice_point("bf16", 8192),
     "slice_fp8_block_8k": slice_point("fp8_block", 8192),
@@ -83,6 +92,15 @@ POINTS = {
     "whole_bf16_8k_full": whole_point(
         "precision=bf16", *ALL_IN_BF16, "train.recompute=full", "optim.gradients=fp32", "optim.moments=fp32"
     ),
+    "shared2_bf16_8k": shared_slice_point(2, "bf16"),
+    "shared2_bf16_8k_overlap": shared_slice_point(2, "bf16", OVERLAP),
+    "shared2_fp8_current_8k": shared_slice_point(2, "fp8_current"),
+    "shared2_fp8_current_8k_overlap": shared_slice_point(2, "fp8_current", OVERLAP),
+    "shared4_bf16_8k": shared_slice_point(4, "bf16"),
+    "shared4_bf16_8k_overlap": shared_slice_point(4, "bf16", OVERLAP),
+    "shared4_fp8_block_8k": shared_slice_point(4, "fp8_block"),
+    "shared4_fp8_current_8k": shared_slice_point(4, "fp8_current"),
+    "shared4_fp8_current_8k_overlap": shared_slice_point(4, "fp8_current", OVERLAP),
 }
 
 
@@ -112,7 +130,9 @@ def measure_points(names: Sequence[str], place: Place, output: Path) -> list[dic
     with process_groups(layout, place.platform, place.me, timeout_seconds=600, seed=1) as groups:
         for name, plan in plans.items():
             assert plan.layout == layout, "points of as many GPUs share their process groups"
-            record = {"point": name, **planned_figures(plan, place), **measure_or_say_why_not(plan, place, groups)}
+            with user_buffers(plan):
+                measured = measure_or_say_why_not(plan, place, groups)
+            record = {"point": name, **planned_figures(plan, place), **measured}
             free_memory()
             records.append(record)
             if place.me.rank == 0:

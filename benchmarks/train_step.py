@@ -41,6 +41,7 @@ from nemotron_train.data.batch import Batch, RankShare
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
+from nemotron_train.engine.user_buffers import user_buffers
 from nemotron_train.engine.wrap import zero_gradients
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.device import choose_platform
@@ -122,7 +123,8 @@ def measure(name: str, precision: str, corpus: Path, profile: bool, overrides: l
     shape, me = SHAPES[name], launched_rank()
     config = configure(shape, precision, corpus, overrides)
     plan, platform = plan_run(config, me.world_size), choose_platform(me)
-    with process_groups(plan.layout, platform, me, timeout_seconds=600, seed=1) as groups:
+    held = process_groups(plan.layout, platform, me, timeout_seconds=600, seed=1)
+    with held as groups, user_buffers(plan):
         run = build_runtime(plan, platform, groups)
         optimizer_gib = optimizer_bytes(run) / 2**30
         share = RankShare(dp_rank=groups.dp.rank(), dp_size=groups.dp.size(), micro_batch_size=1)

@@ -13,6 +13,7 @@ from nemotron_train.checkpoint.lock import lock_run_folder
 from nemotron_train.config.load import fingerprint, load_config
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
+from nemotron_train.engine.user_buffers import user_buffers
 from nemotron_train.errors import EXIT_FAILED, EXIT_REQUEUE, ConfigError
 from nemotron_train.plan.describe import describe
 from nemotron_train.plan.run_plan import plan_run
@@ -69,6 +70,7 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
             seed=config.run.seed,
             fingerprint=fingerprint(config) + data.blend.past_hash(plan.batches.consumed_at_end),
         ) as groups,
+        user_buffers(plan),
     ):
         stop.listen()  # not before all ranks have met: until then a signal ends a rank, instead of leaving it to wait
         runtime = build_runtime(plan, platform, groups)

@@ -30,6 +30,7 @@ from nemotron_train.config.schema import (
 )
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
+from nemotron_train.engine.user_buffers import user_buffers
 from nemotron_train.errors import NemotronTrainError
 from nemotron_train.plan.run_plan import plan_run
 from nemotron_train.platform.determinism import set_determinism
@@ -137,8 +138,10 @@ def _trainer(config: RunConfig) -> Iterator["_StoppedTrainer"]:
     plan = plan_run(config, me.world_size)
     data = open_run_data(config)
     set_determinism(config.train.deterministic)
-    with process_groups(plan.layout, choose_platform(me), me, timeout_seconds=60, seed=config.run.seed) as groups:
-        run = build_runtime(plan, choose_platform(me), groups)
+    platform = choose_platform(me)
+    held = process_groups(plan.layout, platform, me, timeout_seconds=60, seed=config.run.seed)
+    with held as groups, user_buffers(plan):
+        run = build_runtime(plan, platform, groups)
         yield _StoppedTrainer(run, data, StopRequest(), is_reporter=me.rank == 0)
 
 

@@ -83,6 +83,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "parallel.sequence_parallel": _LAYOUT,
     "parallel.overlap_grad_reduce": _LAYOUT,
     "parallel.overlap_param_gather": _LAYOUT,
+    "parallel.overlap_tensor_comm": _LAYOUT,
     "parallel.timeout_seconds": _STOP,
     "precision.format": _PRECISION,
     "precision.bf16_first_layers": _PRECISION,

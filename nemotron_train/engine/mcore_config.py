@@ -94,6 +94,7 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size if interleaved else None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.overlap_tensor_comm,  # through buffers that engine/user_buffers.py makes
         # With two interleaved stages both neighbours of a rank are the same rank, and batched sends and receives
         # between the two get mixed up; overlapped, unbatched ones do not.
         overlap_p2p_comm=interleaved,

@@ -7,6 +7,7 @@ is there.
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ def checkpoint(run: Any, x: Tensor, group: Any) -> Tensor:
 
 def output_linear(config: TransformerConfig, vocab_size: int, group: Any) -> nn.Module:
     """Build the output layer. It adds its weight gradient to the main gradient inside the product (no apex needed)."""
+    config = copy(config)
+    config.tp_comm_overlap = False  # Transformer Engine has user buffers for the layers' products alone
     return TEColumnParallelLinear(
         config.hidden_size,
         vocab_size,

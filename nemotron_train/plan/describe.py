@@ -91,6 +91,7 @@ def _model_rows(plan: RunPlan) -> list[tuple[str, str]]:
 def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
     layout, parallel = plan.layout, plan.config.parallel
     sequence = " with sequence parallelism" if parallel.sequence_parallel else ""
+    sequence += ", exchanged while products run" if parallel.overlap_tensor_comm else ""
     rows = [
         (
             "ranks",

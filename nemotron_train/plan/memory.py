@@ -17,7 +17,7 @@ from nemotron_train.plan.measured import OUTSIDE_TORCH_GIB
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.pipeline_schedule import most_in_flight
 from nemotron_train.plan.precision_map import Gemm
-from nemotron_train.plan.rank_share import share_of_rank
+from nemotron_train.plan.rank_share import share_of_rank, tokens_on_rank
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.plan.sizes import (
     attention_parameters,
@@ -53,6 +53,7 @@ class RankMemory:
     activations: int  # of all micro-batches in flight
     working: int  # on top of them: logits, or one layer's backward pass
     optimizer_working: int  # of AdamW's step, when there are no activations
+    user_buffers: int  # outside torch's count: what tensor-parallel ranks exchange through (engine/user_buffers.py)
 
     @property
     def held(self) -> int:
@@ -90,9 +91,14 @@ def memory_gib_per_gpu(ranks: Iterable[RankMemory]) -> float:
     return max(rank.peak for rank in ranks) / GIB
 
 
-def needed_gib(ranks: Iterable[RankMemory]) -> float:
+def outside_torch_gib(ranks: Sequence[RankMemory]) -> float:
+    """Return what torch does not count; it is the same on all ranks."""
+    return OUTSIDE_TORCH_GIB + ranks[0].user_buffers / GIB
+
+
+def needed_gib(ranks: Sequence[RankMemory]) -> float:
     """Return what a GPU must have: the peak and what is outside torch's count."""
-    return memory_gib_per_gpu(ranks) + OUTSIDE_TORCH_GIB
+    return memory_gib_per_gpu(ranks) + outside_torch_gib(ranks)
 
 
 def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length: int, micro_batches: int) -> RankMemory:
@@ -125,7 +131,19 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
         activations=_activations(plan, rank, seq_length, micro_batches),
         working=_working(plan, rank, seq_length),
         optimizer_working=step,
+        user_buffers=_user_buffers(plan, seq_length),
     )
+
+
+def _user_buffers(plan: RunPlan, seq_length: int) -> int:
+    """Return the bytes of Transformer Engine's user buffers, each as large as the activations of a tensor-parallel
+    group: 8 that gather, in the layers' precision, and 4 that scatter, in bfloat16."""
+    config = plan.config
+    if not config.parallel.overlap_tensor_comm:
+        return 0
+    elements = tokens_on_rank(config, seq_length).layer * config.model.hidden_size
+    fp8, bf16 = bool(plan.fp8_layers), len(plan.fp8_layers) < len(plan.layers)
+    return elements * (fp8 * (8 + 4 * 2) + bf16 * (8 + 4) * 2)
 
 
 def rank_fp8_weights(plan: RunPlan, rank: int) -> int:

@@ -11,8 +11,8 @@ from nemotron_train.plan.architecture_rules import beyond_nemotron_h
 from nemotron_train.plan.describe import describe, summarize
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import Layout
-from nemotron_train.plan.measured import GPUS_PER_NODE, H200, OUTSIDE_TORCH_GIB
-from nemotron_train.plan.memory import GIB, RankMemory, memory_gib_per_gpu, needed_gib, plan_memory
+from nemotron_train.plan.measured import GPUS_PER_NODE, H200
+from nemotron_train.plan.memory import GIB, RankMemory, memory_gib_per_gpu, needed_gib, outside_torch_gib, plan_memory
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.plan.step_time import RunTime, has_times, plan_time
 
@@ -143,8 +143,8 @@ def _memory_rows(plan: RunPlan, ranks: list[RankMemory], gpu: Gpu) -> list[tuple
     rows = [
         (
             "memory",
-            f"{parts['peak']:.1f} GiB at most, {when}, and about {OUTSIDE_TORCH_GIB:g} outside torch: {verdict} into "
-            f"{gpu.name}'s {gpu.memory_gib:g} GiB",
+            f"{parts['peak']:.1f} GiB at most, {when}, and about {outside_torch_gib(ranks):.3g} outside torch: "
+            f"{verdict} into {gpu.name}'s {gpu.memory_gib:g} GiB",
         ),
         ("", held),
     ]

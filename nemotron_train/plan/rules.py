@@ -8,7 +8,7 @@ Rules of the model's sizes and its layout are here; those of its parts in `archi
 import math
 from collections.abc import Callable, Iterator
 
-from nemotron_train.config.schema import RunConfig
+from nemotron_train.config.schema import PrecisionFormat, RunConfig
 from nemotron_train.config.typed import raise_if
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.architecture_rules import ARCHITECTURE_RULES
@@ -170,6 +170,33 @@ def parameter_gather_overlaps_with_gradient_reduction(config: RunConfig, world_s
         yield "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true, it is false."
 
 
+def tensor_parallel_overlap_has_what_it_needs(config: RunConfig, world_size: int) -> Iterator[str]:
+    # Transformer Engine 2.11: its user buffers gather and scatter parts of a sequence, are of one size, and take no
+    # tensors with scales of blocks.
+    parallel, format = config.parallel, config.precision.format
+    if not parallel.overlap_tensor_comm:
+        return
+    if parallel.tensor_parallel_size == 1:
+        yield (
+            "parallel.overlap_tensor_comm=true has no effect with parallel.tensor_parallel_size=1. "
+            "Set it to false, or use 2 or more tensor-parallel ranks."
+        )
+    elif not parallel.sequence_parallel:
+        yield "parallel.overlap_tensor_comm=true needs parallel.sequence_parallel=true, it is false."
+    if format in (PrecisionFormat.fp32, PrecisionFormat.fp8_block):
+        yield (
+            f"parallel.overlap_tensor_comm=true is not possible with precision.format={format.value}. "
+            "Set it to false, or choose bf16, fp8_current or fp8_delayed."
+        )
+    lengths = sample_lengths(config)
+    for key, length in lengths[1:]:
+        if length != lengths[0][1]:
+            yield (
+                f"parallel.overlap_tensor_comm=true takes samples of one length: {lengths[0][0]}={lengths[0][1]}, but "
+                f"{key}={length}. Set it to false, or train each length in a run of its own."
+            )
+
+
 MODEL_RULES: tuple[Rule, ...] = (
     pattern_is_readable_and_can_be_cut,
     query_groups_divide_attention_heads,
@@ -182,4 +209,5 @@ MODEL_RULES: tuple[Rule, ...] = (
     mamba_heads_split_over_context_parallel_ranks,
     virtual_pipeline_needs_a_pipeline,
     parameter_gather_overlaps_with_gradient_reduction,
+    tensor_parallel_overlap_has_what_it_needs,
 )

@@ -2,6 +2,8 @@
 
 import importlib.util
 
+import torch
+
 from nemotron_train.config.schema import DocumentBoundary, PrecisionFormat, PrimaryWeights, RunConfig, StateFormat
 from nemotron_train.errors import ConfigError
 from nemotron_train.platform.device import Platform
@@ -30,11 +32,28 @@ def check_support(config: RunConfig, platform: Platform) -> None:
             "attention takes only documents whose lengths are multiples of twice the ranks. Set "
             "data.document_boundary=none, parallel.context_parallel_size=1, or precision.format=fp32."
         )
+    if config.parallel.overlap_tensor_comm:
+        _check_user_buffers(config, platform, has_transformer_engine)
     for key in ("gradients", "moments"):
         if getattr(config.optim, key) is StateFormat.bf16 and not has_transformer_engine:
             raise ConfigError(
                 f"optim.{key}=bf16 needs the AdamW of {_what_is_missing(platform)}. Set optim.{key}=fp32 here."
             )
+
+
+def _check_user_buffers(config: RunConfig, platform: Platform, has_transformer_engine: bool) -> None:
+    if not has_transformer_engine:
+        raise ConfigError(
+            f"parallel.overlap_tensor_comm=true needs {_what_is_missing(platform)}. "
+            "Set parallel.overlap_tensor_comm=false here."
+        )
+    if config.parallel.tensor_parallel_size > (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"parallel.overlap_tensor_comm=true with parallel.tensor_parallel_size="
+            f"{config.parallel.tensor_parallel_size}: ranks write into each other's memory, and this machine has "
+            f"{gpus} GPUs. Set parallel.overlap_tensor_comm=false, or parallel.tensor_parallel_size to {gpus} or "
+            "less."
+        )
 
 
 def _what_is_missing(platform: Platform) -> str:

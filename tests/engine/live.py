@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nemotron_train.config.schema import LrSchedule, ModelSection, RunConfig
 from nemotron_train.data.batch import Batch
 from nemotron_train.engine.groups import Groups, process_groups
+from nemotron_train.engine.user_buffers import user_buffers
 from nemotron_train.model.reference.hybrid_model import HybridModel
 from nemotron_train.model.reference.sizes import ReferenceSizes
 from nemotron_train.plan.run_plan import plan_run
@@ -32,8 +33,9 @@ def live_groups(config: RunConfig) -> Iterator[tuple[Platform, Groups]]:
     """The process groups of a configuration's layout; several runtimes may be built on them."""
     me = launched_rank()
     platform = choose_platform(me)
-    layout = plan_run(config, me.world_size).layout
-    with process_groups(layout, platform, me, timeout_seconds=60, seed=config.run.seed) as groups:
+    plan = plan_run(config, me.world_size)
+    held = process_groups(plan.layout, platform, me, timeout_seconds=60, seed=config.run.seed)
+    with held as groups, user_buffers(plan):
         yield platform, groups
 
 

@@ -74,6 +74,7 @@ READ_BY_WHAT_RUNS = {
     "parallel.sequence_parallel": "engine: parallel linears and norms",
     "parallel.overlap_grad_reduce": "engine: wrapping",
     "parallel.overlap_param_gather": "engine: wrapping",
+    "parallel.overlap_tensor_comm": "engine: layers and their user buffers; plan: memory outside torch",
     "parallel.timeout_seconds": "engine: process groups",
     "precision.format": "engine: dtypes",
     "data.path": "data: shards",

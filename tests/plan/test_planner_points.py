@@ -50,9 +50,10 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
     point = planner_points.POINTS[name]
     plan = plan_run(planner_points.configure(point, tmp_path, ()), point.gpus)
     config, parts = plan.config, name.split("_")
-    assert plan.layout.tensor == point.gpus == (1 if parts[0] == "slice" else 2)
+    assert plan.layout.tensor == point.gpus == {"slice": 1, "whole": 2, "shared2": 2, "shared4": 4}[parts[0]]
     assert config.precision.format.value in name
     assert f"{config.train.seq_length // 1024}k" in parts
+    assert config.parallel.overlap_tensor_comm == (parts[-1] == "overlap")
     assert config.train.recompute.value == (parts[-1] if parts[-1] in ("full", "selective") else "none")
 
 

@@ -11,6 +11,7 @@ from nemotron_train.plan.rules import MODEL_RULES, RUN_RULES, check_rules
 from tests.plan.small import config_with
 
 TP2 = "parallel.tensor_parallel_size=2"
+OVERLAP = "parallel.overlap_tensor_comm=true"
 PP2 = "parallel.pipeline_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
 FP8 = ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
@@ -283,6 +284,30 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=false"],
         1,
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+    ),
+    (
+        "tensor_parallel_overlap_has_what_it_needs",
+        [OVERLAP],
+        1,
+        [OVERLAP, "parallel.tensor_parallel_size=1", "2 or more"],
+    ),
+    (
+        "tensor_parallel_overlap_has_what_it_needs",
+        [OVERLAP, TP2, "parallel.sequence_parallel=false"],
+        2,
+        [OVERLAP, "parallel.sequence_parallel=true, it is false"],
+    ),
+    (
+        "tensor_parallel_overlap_has_what_it_needs",
+        [OVERLAP, TP2, "parallel.sequence_parallel=true", "precision.format=fp8_block", "model.mamba_num_heads=16"],
+        2,
+        [OVERLAP, "precision.format=fp8_block", "bf16, fp8_current or fp8_delayed"],
+    ),
+    (
+        "tensor_parallel_overlap_has_what_it_needs",
+        [OVERLAP, TP2, "parallel.sequence_parallel=true", "data.phases.0.seq_length=512"],
+        2,
+        [OVERLAP, "train.seq_length=256", "data.phases[0].seq_length=512"],
     ),
     (
         "batches_divide_among_ranks",

@@ -67,3 +67,27 @@ def test_fp8_primary_weights_are_refused_where_fp8_is_emulated() -> None:
     config = config_with("precision.format=fp8_block", SIZES_FP8_TAKES, "precision.primary_weights=fp8")
     with pytest.raises(ConfigError, match=r"primary_weights=fp8 with precision.format=fp8_block.*primary_weights=bf16"):
         check_support(config, CPU)
+
+
+OVERLAP = (
+    "precision.format=bf16", "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true",
+    "parallel.overlap_tensor_comm=true",
+)  # fmt: skip
+
+
+def test_overlapped_tensor_communication_is_refused_where_there_are_no_user_buffers() -> None:
+    """Fails if a CPU run accepts the option and ignores it."""
+    with pytest.raises(ConfigError, match=r"overlap_tensor_comm=true needs Transformer Engine.*=false"):
+        check_support(config_with(*OVERLAP), CPU)
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [(1, False), (2, True)])
+def test_overlapped_tensor_communication_stays_within_a_machine(
+    gpus: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if ranks of two machines try to write into each other's memory, or those of one may not."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # every library is there
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    expected = nullcontext() if fits else pytest.raises(ConfigError, match=r"tensor_parallel_size=2.*has 1 GPUs")
+    with expected:
+        check_support(config_with(*OVERLAP), CUDA)

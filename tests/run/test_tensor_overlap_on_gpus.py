@@ -1,0 +1,114 @@
+"""Do tensor-parallel ranks that exchange activations while products run learn what others do, and does that happen?"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
+from nemotron_train.step import run_all
+from tests.engine.live import live_run, micro_batches, random_samples
+from tests.ranks import RankPool
+from tests.run.test_gpu_runs import SIZES
+from tests.small_runs import small_config, train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+STEPS, STOP = 12, 5
+TP2, TP4 = (dict(tensor_parallel_size=size, sequence_parallel=True) for size in (2, 4))
+# Per layer: forward its input is gathered and its output scattered; backward the gradient of the output is gathered,
+# the input once more, and the gradient of the input scattered.
+EXCHANGES_OF_A_LAYER = 5
+
+
+def config_of(
+    corpus: Path, run_dir: Path, precision: str, parallel: dict[str, Any], *, overlap: bool, **train: Any
+) -> RunConfig:
+    """12 steps of 8 samples of 128 tokens, evaluated twice; with FP8 the first of five layers stays in bfloat16."""
+    bf16_layers = 1 if precision == "fp8_current" else 0
+    return small_config(
+        corpus,
+        run_dir,
+        steps=4 * STEPS,
+        model={**SIZES, "num_query_groups": 4, "mamba_num_heads": 64},  # shares of which FP8 takes
+        parallel={**parallel, "overlap_tensor_comm": overlap},
+        precision={"format": PrecisionFormat(precision), "bf16_first_layers": bf16_layers},
+        train={"seq_length": 128, "eval_every_steps": 6, **train},
+    )
+
+
+def losses(ranks: RankPool, config: RunConfig, world_size: int, stop: int | None = None) -> list[float]:
+    """Losses of all steps, and of the evaluations among them."""
+    records = ranks.run(train, world_size, config, stop)[0]
+    return [record[key] for record in records for key in ("loss", "eval_loss") if key in record]
+
+
+@pytest.mark.parametrize(
+    ("precision", "world_size", "parallel", "recompute"),
+    [
+        ("bf16", 2, TP2, Recompute.none),
+        ("bf16", 2, TP2, Recompute.full),
+        ("fp8_current", 2, TP2, Recompute.none),
+        ("fp8_delayed", 2, TP2, Recompute.none),
+        ("bf16", 4, TP2, Recompute.none),
+        ("bf16", 4, {**TP2, "pipeline_parallel_size": 2}, Recompute.none),
+        ("bf16", 4, {**TP2, "context_parallel_size": 2}, Recompute.none),
+        ("fp8_current", 4, TP4, Recompute.none),
+    ],
+)
+def test_losses_are_those_without_it(
+    ranks: RankPool,
+    corpus: Path,
+    tmp_path: Path,
+    precision: str,
+    world_size: int,
+    parallel: dict[str, Any],
+    recompute: Recompute,
+) -> None:
+    """Fails if a piece lands elsewhere, is read before it is there, or a buffer has the size of other tokens."""
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    with_it, without = (
+        losses(
+            ranks,
+            config_of(corpus, tmp_path / str(overlap), precision, parallel, overlap=overlap, recompute=recompute),
+            world_size,
+        )
+        for overlap in (True, False)
+    )
+    assert len(with_it) == STEPS + 2
+    assert with_it == pytest.approx(without, rel=2e-3 if world_size == 2 else 1e-2)
+
+
+def test_a_stopped_run_goes_on_bitwise(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if pieces are summed in the order in which they happen to come."""
+    straight, stopped = (
+        config_of(corpus, tmp_path / name, "fp8_current", TP2, overlap=True, deterministic=True, eval_every_steps=STOP)
+        for name in ("straight", "stopped")
+    )
+    losses(ranks, stopped, 2, stop=STOP)
+    gone_on = losses(ranks, stopped, 2)
+    whole = losses(ranks, straight, 2)
+    assert gone_on[-(STEPS - STOP) :] == whole[-(STEPS - STOP) :]
+
+
+def exchanges(config: RunConfig) -> int:
+    """The gathers and scatters of one forward and backward pass that go through NCCL."""
+    with live_run(config) as run:
+        batches = micro_batches(random_samples(0, 2, config), 2)
+        run_all(run, batches, forward_only=False)  # autotuning
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            run_all(run, batches, forward_only=False)
+            torch.cuda.synchronize()
+        return sum("AllGather" in event.name or "ReduceScatter" in event.name for event in seen.events())
+
+
+def test_layers_exchange_through_user_buffers(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if a layer still waits for NCCL: the option would then do nothing for it."""
+    with_it, without = (
+        ranks.run(exchanges, 2, config_of(corpus, tmp_path, "bf16", TP2, overlap=overlap))[0]
+        for overlap in (True, False)
+    )
+    assert without - with_it == EXCHANGES_OF_A_LAYER * len(SIZES["layer_pattern"])
