@@ -56,6 +56,7 @@ NOT_IN = {
 # (file, module) -> why this import stands in a function, a class or a `try`
 INNER_IMPORTS: dict[tuple[str, str], str] = {
     ("engine/layer_parts.py", "nemotron_train.engine.te_layers"): "needs Transformer Engine",
+    ("engine/user_buffers.py", "transformer_engine.pytorch"): "needs Transformer Engine",
     ("ops/implementations.py", "nemotron_train.ops.mamba_ssm_core"): "needs mamba-ssm",
     ("ops/implementations.py", "nemotron_train.ops.triton_core"): "needs causal-conv1d",
     ("plan/__main__.py", "nemotron_train.plan.picture"): "only one answer is a picture, and matplotlib loads slowly",

@@ -25,16 +25,14 @@ def user_buffers(plan: RunPlan) -> Iterator[None]:
     if not config.parallel.overlap_tensor_comm:
         yield
         return
-    # Imports Transformer Engine, which only GPU machines have.
-    import transformer_engine.pytorch as te
-    from transformer_engine.pytorch import UserBufferQuantizationMode as Mode
+    import transformer_engine.pytorch as te  # only GPU machines have it
 
     # Ranks map each other's memory with CUDA IPC. Transformer Engine would rather use NVLink multicast, and fails where
     # a machine has it but does not grant it.
     os.environ["UB_SKIPMC"] = "1"
-    modes = [Mode.FP8] if plan.fp8_layers else []
+    modes = [te.UserBufferQuantizationMode.FP8] if plan.fp8_layers else []
     if len(plan.fp8_layers) < len(plan.layers):
-        modes.append(Mode.NONE)
+        modes.append(te.UserBufferQuantizationMode.NONE)
     te.initialize_ub(
         [tokens_on_rank(config, config.train.seq_length).layer, config.model.hidden_size],
         plan.layout.tensor,

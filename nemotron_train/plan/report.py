@@ -14,12 +14,12 @@ from nemotron_train.plan.layout import Layout
 from nemotron_train.plan.measured import GPUS_PER_NODE, H200
 from nemotron_train.plan.memory import GIB, RankMemory, memory_gib_per_gpu, needed_gib, outside_torch_gib, plan_memory
 from nemotron_train.plan.run_plan import RunPlan
-from nemotron_train.plan.step_time import RunTime, has_times, plan_time
+from nemotron_train.plan.step_time import BEYOND_TWO_GPUS, RunTime, has_times, plan_time
 
 MEMORY_SOURCE = (
-    "derived from what each layer keeps; within 3.1 % of nine peaks measured with the 12B's layers on one and two "
-    "H200s (bf16 and FP8, 4k to 16k tokens, with and without recomputation); pipelines, context parallelism and other "
-    "models were not measured"
+    "derived from what each layer keeps; within 4 % of 18 peaks measured with the 12B's layers on one to four H200s "
+    "(bf16 and FP8, 4k to 16k tokens, with and without recomputation); pipelines, context parallelism and other models "
+    "were not measured"
 )
 MEMORY_SOURCE_FP32 = "derived for layers that keep what Transformer Engine's do; nothing was measured in float32"
 OPTIMIZER_FILE_BYTES = 12  # master weight and both moments of a parameter, in float32
@@ -180,7 +180,7 @@ def _time_rows(plan: RunPlan, machine: Machine) -> list[tuple[str, str]]:
             "",
             f"{timed.days:,.4g} days of training alone = {timed.gpu_hours:,.0f} GPU-hours{_price_text(timed, machine)}",
         ),
-        ("", f"from {machine.gpu.source}; beyond two GPUs nothing is measured"),
+        ("", f"from {machine.gpu.source}; {BEYOND_TWO_GPUS}"),
         *_uncounted_time_rows(plan),
     ]
 

@@ -24,7 +24,7 @@ from nemotron_train.plan.precision_map import FP8_BLOCK
 from nemotron_train.plan.rank_share import tokens_on_rank
 from nemotron_train.plan.rules import check_rules
 from nemotron_train.plan.run_plan import RunPlan, plan_run
-from nemotron_train.plan.step_time import has_times, plan_time
+from nemotron_train.plan.step_time import BEYOND_TWO_GPUS, has_times, plan_time
 
 TENSOR_SIZES, CONTEXT_SIZES, PIPELINE_SIZES = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
 VIRTUAL_SIZES, MICRO_BATCH_SIZES = (1, 2, 4), (1, 2, 4)
@@ -254,7 +254,7 @@ def describe_search(found: Found) -> str:
     if found.refused:
         lines += ["The others:", *(f"{count:8} {reason}" for reason, count in found.refused)]
     lines += [f"{'':9}{text}" for text in found.advice]
-    lines.append(f"Times: from {found.gpu.source}; beyond two GPUs nothing is measured. Memory: derived.")
+    lines.append(f"Times: from {found.gpu.source}; {BEYOND_TWO_GPUS}. Memory: derived.")
     return "\n".join(lines)
 
 
