@@ -3,10 +3,10 @@
     python -m benchmarks.planner_points [--points A,B,C] [--output FILE] [--gpu h200|h100|FILE.json] [key=value ...]
     python -m benchmarks.planner_points --list
 
-Steps are the trainer's own, of the 12B's 18-layer slice on one GPU and of the whole 12B on two (`train_step.py`), which
-run under torchrun; all points of a number of GPUs run one after the other in the same processes. Without `--points` it
-measures what this machine has the GPUs for. `key=value` changes every point: with a tiny model the command runs on CPU
-ranks, without figures of memory.
+Steps are the trainer's own, of the 12B's 18-layer slice on one GPU, and over two and four, and of the whole 12B on two
+(`train_step.py`). Several GPUs run under torchrun; all points of a number of GPUs run one after the other in the same
+processes. Without `--points` it measures what this machine has the GPUs for. `key=value` changes every point: with a
+tiny model the command runs on CPU ranks, without figures of memory.
 
 Peaks are torch.cuda.max_memory_allocated over the timed steps, which is what `plan/memory.py` counts. `gib_before` is
 what a point found allocated. What Transformer Engine keeps from one point to the next, its stand-ins for the gradients
@@ -51,7 +51,7 @@ from nemotron_train.step import train_step
 from nemotron_train.trainer import build_runtime
 
 WARMUP_STEPS, TIMED_STEPS = 2, 3
-ALL_IN_BF16 = ("precision.bf16_first_layers=0", "precision.bf16_last_layers=0")
+ALL_LAYERS_ALIKE = ("precision.bf16_first_layers=0", "precision.bf16_last_layers=0")
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ def whole_point(*own: str) -> Point:
 
 
 def shared_slice_point(gpus: int, precision: str, *own: str) -> Point:
-    """Return the slice over the ranks of a tensor-parallel group: four micro-batches, so that layers are most of it."""
-    pattern, *_ = SHAPES["slice"].overrides
+    """Four micro-batches a step, so that layers are most of it."""
     layout = (f"parallel=tensor_{gpus}", "train.global_batch_size=4")
-    return Point(gpus, (pattern, *layout, *ALL_IN_BF16, f"precision={precision}", *own))
+    return Point(gpus, (*SHAPES["slice"].overrides, *layout, f"precision={precision}", *own))
 
 
 OVERLAP = "parallel.overlap_tensor_comm=true"
@@ -90,7 +89,7 @@ POINTS = {
     "slice_fp8_current_8k": slice_point("fp8_current", 8192),
     "whole_fp8_block_8k": whole_point("precision=fp8_block"),
     "whole_bf16_8k_full": whole_point(
-        "precision=bf16", *ALL_IN_BF16, "train.recompute=full", "optim.gradients=fp32", "optim.moments=fp32"
+        "precision=bf16", *ALL_LAYERS_ALIKE, "train.recompute=full", "optim.gradients=fp32", "optim.moments=fp32"
     ),
     "shared2_bf16_8k": shared_slice_point(2, "bf16"),
     "shared2_bf16_8k_overlap": shared_slice_point(2, "bf16", OVERLAP),

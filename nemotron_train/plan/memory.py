@@ -42,7 +42,8 @@ class _Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one pipeline rank (of each of its tensor-, context- and data-parallel ranks)."""
+    """Bytes of one pipeline rank (of each of its tensor-, context- and data-parallel ranks). All but the user buffers
+    are what torch counts."""
 
     weights: int
     gradients: int
@@ -53,7 +54,7 @@ class RankMemory:
     activations: int  # of all micro-batches in flight
     working: int  # on top of them: logits, or one layer's backward pass
     optimizer_working: int  # of AdamW's step, when there are no activations
-    user_buffers: int  # outside torch's count: what tensor-parallel ranks exchange through (engine/user_buffers.py)
+    user_buffers: int  # in none of the sums: what tensor-parallel ranks exchange through (engine/user_buffers.py)
 
     @property
     def held(self) -> int:

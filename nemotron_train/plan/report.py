@@ -138,7 +138,8 @@ def _memory_rows(plan: RunPlan, ranks: list[RankMemory], gpu: Gpu) -> list[tuple
     fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].peak)
     parts = ranks[fullest].in_gib()
     verdict = "fits" if needed_gib(ranks) <= gpu.memory_gib else "DOES NOT FIT"
-    held = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in parts.items() if size and name != "peak")
+    counted = {name: size for name, size in parts.items() if name not in ("peak", "user_buffers")}
+    held = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in counted.items() if size)
     when = "in AdamW's step" if ranks[fullest].forward_backward_peak < ranks[fullest].peak else "in a backward pass"
     rows = [
         (
@@ -180,7 +181,8 @@ def _time_rows(plan: RunPlan, machine: Machine) -> list[tuple[str, str]]:
             "",
             f"{timed.days:,.4g} days of training alone = {timed.gpu_hours:,.0f} GPU-hours{_price_text(timed, machine)}",
         ),
-        ("", f"from {machine.gpu.source}; {BEYOND_TWO_GPUS}"),
+        ("", f"from {machine.gpu.source}"),
+        *([("", BEYOND_TWO_GPUS)] if plan.layout.world_size > 2 else []),
         *_uncounted_time_rows(plan),
     ]
 

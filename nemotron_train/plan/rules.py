@@ -8,7 +8,7 @@ Rules of the model's sizes and its layout are here; those of its parts in `archi
 import math
 from collections.abc import Callable, Iterator
 
-from nemotron_train.config.schema import PrecisionFormat, RunConfig
+from nemotron_train.config.schema import PrecisionFormat, PrimaryWeights, RunConfig
 from nemotron_train.config.typed import raise_if
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.architecture_rules import ARCHITECTURE_RULES
@@ -170,10 +170,14 @@ def parameter_gather_overlaps_with_gradient_reduction(config: RunConfig, world_s
         yield "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true, it is false."
 
 
+# Transformer Engine scatters an output in pieces of a quarter of its columns, each a multiple of the 16 that FP8 takes.
+SCATTERED_COLUMNS = 64
+
+
 def tensor_parallel_overlap_has_what_it_needs(config: RunConfig, world_size: int) -> Iterator[str]:
     # Transformer Engine 2.11: its user buffers gather and scatter parts of a sequence, are of one size, and take no
     # tensors with scales of blocks. With delayed scaling gradients come out otherwise than without them, and it is not
-    # known why (docs/design.md).
+    # known why (docs/design.md); with FP8 weights nobody has tried.
     parallel, format = config.parallel, config.precision.format
     if not parallel.overlap_tensor_comm:
         return
@@ -188,6 +192,17 @@ def tensor_parallel_overlap_has_what_it_needs(config: RunConfig, world_size: int
         yield (
             f"parallel.overlap_tensor_comm=true is not possible with precision.format={format.value}. "
             "Set it to false, or choose bf16 or fp8_current."
+        )
+    if config.precision.primary_weights is PrimaryWeights.fp8:
+        yield (
+            "parallel.overlap_tensor_comm=true is not possible with precision.primary_weights=fp8. "
+            "Set the first to false, or the second to bf16."
+        )
+    if config.model.hidden_size % SCATTERED_COLUMNS:
+        yield (
+            f"model.hidden_size={config.model.hidden_size} is not a multiple of the {SCATTERED_COLUMNS} that "
+            "parallel.overlap_tensor_comm=true asks for. "
+            f"Use {nearest_multiples(config.model.hidden_size, SCATTERED_COLUMNS)}, or set it to false."
         )
     lengths = sample_lengths(config)
     for key, length in lengths[1:]:

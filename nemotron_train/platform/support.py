@@ -47,12 +47,12 @@ def _check_user_buffers(config: RunConfig, platform: Platform, has_transformer_e
             f"parallel.overlap_tensor_comm=true needs {_what_is_missing(platform)}. "
             "Set parallel.overlap_tensor_comm=false here."
         )
-    if config.parallel.tensor_parallel_size > (gpus := torch.cuda.device_count()):
+    tp_size, gpus = config.parallel.tensor_parallel_size, torch.cuda.device_count()
+    if tp_size > gpus:
+        smaller = f", or parallel.tensor_parallel_size to {gpus} or less" if gpus > 1 else ""
         raise ConfigError(
-            f"parallel.overlap_tensor_comm=true with parallel.tensor_parallel_size="
-            f"{config.parallel.tensor_parallel_size}: ranks write into each other's memory, and this machine has "
-            f"{gpus} GPUs. Set parallel.overlap_tensor_comm=false, or parallel.tensor_parallel_size to {gpus} or "
-            "less."
+            f"parallel.overlap_tensor_comm=true with parallel.tensor_parallel_size={tp_size}: ranks write into each "
+            f"other's memory, and the GPUs of this machine are {gpus}. Set parallel.overlap_tensor_comm=false{smaller}."
         )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemotron_train.plan.memory import GIB, RankMemory, plan_memory, rank_parameters
+from nemotron_train.plan.memory import GIB, RankMemory, needed_gib, plan_memory, rank_parameters
 from nemotron_train.plan.run_plan import RunPlan, plan_run
 from tests.plan.small import experiment_with
 
@@ -149,3 +149,29 @@ def test_fp8_primary_weights_replace_the_bf16_ones() -> None:
     (plain,), (lean,) = memory(world_size=4), memory(primary, world_size=4)
     assert lean.master_weights == plain.master_weights
     assert plain.held - lean.held == plain.fp8_weights  # of four bytes two stay: by rows and by columns
+
+
+OVERLAP = ("parallel.overlap_tensor_comm=true", "train.global_batch_size=4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "bytes_of_a_number"),
+    [
+        (ALL_IN_BF16, 8192, 12 * 2),
+        (("precision.format=fp8_current", *ALL_IN_FP8), 8192, 8 * 1 + 4 * 2),
+        (("precision.format=fp8_current",), 8192, 12 * 2 + 8 * 1 + 4 * 2),  # its first and last layers are in bf16
+        ((*ALL_IN_BF16, "parallel.context_parallel_size=2"), 4096, 12 * 2),
+    ],
+)
+def test_user_buffers_are_outside_the_peak_and_needed(
+    changes: tuple[str, ...], tokens: int, bytes_of_a_number: int
+) -> None:
+    """Fails if a GPU is said to do that has no room for what tensor-parallel ranks exchange through."""
+    plan, without = (planned(*OVERLAP, f"parallel.overlap_tensor_comm={overlap}", *changes, world_size=8)
+                     for overlap in ("true", "false"))  # fmt: skip
+    buffers = tokens * 5120 * bytes_of_a_number
+    ranks, others = plan_memory(plan), plan_memory(without)
+    assert [rank.user_buffers for rank in ranks] == [buffers]
+    assert ranks[0].peak == others[0].peak
+    assert needed_gib(ranks) - needed_gib(others) == pytest.approx(buffers / GIB)
+    assert others[0].user_buffers == 0

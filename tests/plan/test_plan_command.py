@@ -51,6 +51,16 @@ def test_text_tells_model_layout_steps_rate_and_phases(capsys: pytest.CaptureFix
         assert fact in out
 
 
+def test_text_tells_what_is_exchanged_while_products_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the banner keeps the option to itself, or its buffers are counted among what torch counts."""
+    run = ["experiment=nemotron_nano_12b_v2", "precision=fp8_current", "world_size=4", "train.global_batch_size=4"]
+    assert main([*run, "parallel.overlap_tensor_comm=true"]) == 0
+    out = capsys.readouterr().out
+    assert "with sequence parallelism, exchanged while products run" in out
+    assert "about 4.56 outside torch" in out
+    assert "user buffers" not in out
+
+
 def test_text_tells_the_parts_of_a_gpt(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the banner keeps a part of the model to itself, or the time is told as if all of it were counted."""
     changes = ["model.qkv_norm=qk", "model.attention_logit_cap=50"]

@@ -11,7 +11,7 @@ from benchmarks.train_step import write_corpus
 from nemotron_train.plan.measured import H200
 from nemotron_train.plan.memory import memory_gib_per_gpu, plan_memory
 from nemotron_train.plan.run_plan import plan_run
-from nemotron_train.plan.step_time import step_time
+from nemotron_train.plan.step_time import BEYOND_TWO_GPUS, step_time
 from nemotron_train.platform.device import choose_platform
 from nemotron_train.platform.ranks import launched_rank
 from tests.ranks import RankPool
@@ -58,29 +58,37 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
 
 
 # By the command itself on H200s (2026-11-27 and, shared, 2026-11-28, torch 2.11): peak in GiB, and how near it is
-# planned; milliseconds of a step in up to four runs, and how near. Why full recomputation is planned 3 % too large, and
-# what the 12B and four ranks in fp8_block hold beside, is not known. What overlap hides the planner leaves out; and in
-# FP8 four ranks wait for the CPU, which starts more kernels for a split layer than the planner knows of.
-CLOSE, OVERLAPPED, WAITING_FOR_THE_CPU = 0.07, 0.1, 0.32
+# planned; milliseconds of a step in up to four runs. Why full recomputation is planned 3 % too large, and what the 12B
+# and four ranks in fp8_block hold beside, is not known.
 MEASURED = {
-    "slice_bf16_8k": (94.44, 0.005, [356.5, 361.9, 357.7, 362.2], CLOSE),
-    "slice_fp8_block_8k": (97.83, 0.005, [301.9, 309.3, 300.8, 308.5], CLOSE),
-    "slice_fp8_block_16k": (112.33, 0.005, [561.9, 575.5, 552.8], CLOSE),
-    "slice_fp8_block_4k": (90.58, 0.005, [181.8, 194.1, 193.3, 184.4], CLOSE),
-    "slice_fp8_block_8k_selective": (95.41, 0.005, [310.9, 318.5, 311.3], CLOSE),
-    "slice_fp8_block_16k_full": (87.65, 0.035, [679.9, 697.6, 678.2], CLOSE),
-    "slice_fp8_current_8k": (97.74, 0.005, [276.5, 282.2, 277.7], CLOSE),
-    "whole_fp8_block_8k": (92.76, 0.025, [1026.8], CLOSE),
-    "whole_bf16_8k_full": (108.00, 0.005, [1502.6], CLOSE),
-    "shared2_bf16_8k": (47.41, 0.005, [745.4], CLOSE),
-    "shared2_bf16_8k_overlap": (47.51, 0.01, [725.5], OVERLAPPED),
-    "shared2_fp8_current_8k": (49.17, 0.01, [616.2], CLOSE),
-    "shared2_fp8_current_8k_overlap": (49.17, 0.01, [563.0], OVERLAPPED),
-    "shared4_bf16_8k": (23.75, 0.01, [416.5], CLOSE),
-    "shared4_bf16_8k_overlap": (23.85, 0.015, [401.9], OVERLAPPED),
-    "shared4_fp8_block_8k": (25.38, 0.04, [684.4], WAITING_FOR_THE_CPU),
-    "shared4_fp8_current_8k": (24.66, 0.015, [622.9], WAITING_FOR_THE_CPU),
-    "shared4_fp8_current_8k_overlap": (24.68, 0.015, [605.8], WAITING_FOR_THE_CPU),
+    "slice_bf16_8k": (94.44, 0.005, [356.5, 361.9, 357.7, 362.2]),
+    "slice_fp8_block_8k": (97.83, 0.005, [301.9, 309.3, 300.8, 308.5]),
+    "slice_fp8_block_16k": (112.33, 0.005, [561.9, 575.5, 552.8]),
+    "slice_fp8_block_4k": (90.58, 0.005, [181.8, 194.1, 193.3, 184.4]),
+    "slice_fp8_block_8k_selective": (95.41, 0.005, [310.9, 318.5, 311.3]),
+    "slice_fp8_block_16k_full": (87.65, 0.035, [679.9, 697.6, 678.2]),
+    "slice_fp8_current_8k": (97.74, 0.005, [276.5, 282.2, 277.7]),
+    "whole_fp8_block_8k": (92.76, 0.025, [1026.8]),
+    "whole_bf16_8k_full": (108.00, 0.005, [1502.6]),
+    "shared2_bf16_8k": (47.41, 0.005, [745.4]),
+    "shared2_bf16_8k_overlap": (47.51, 0.01, [725.5]),
+    "shared2_fp8_current_8k": (49.17, 0.01, [616.2]),
+    "shared2_fp8_current_8k_overlap": (49.17, 0.01, [563.0]),
+    "shared4_bf16_8k": (23.75, 0.01, [416.5]),
+    "shared4_bf16_8k_overlap": (23.85, 0.015, [401.9]),
+    "shared4_fp8_block_8k": (25.38, 0.04, [684.4]),
+    "shared4_fp8_current_8k": (24.66, 0.015, [622.9]),
+    "shared4_fp8_current_8k_overlap": (24.68, 0.015, [605.8]),
+}
+
+
+# What is known to be planned wrong: measured time, by planned. Overlap the planner leaves out; and in FP8 four ranks
+# probably wait for the CPU, which starts more kernels for a split layer than the planner knows of.
+MISSED = {
+    "shared4_bf16_8k_overlap": 0.914,
+    "shared4_fp8_block_8k": 1.441,
+    "shared4_fp8_current_8k": 1.351,
+    "shared4_fp8_current_8k_overlap": 1.314,
 }
 
 
@@ -88,10 +96,20 @@ MEASURED = {
 def test_a_point_is_planned_as_it_was_measured(name: str, tmp_path: Path) -> None:
     """Fails if what a layer keeps, a copy of the weights, the moments or the logits are forgotten or counted twice; if
     a layer, the output layer, the optimizer, what full recomputation computes again or the traffic of two GPUs takes
-    another time. No time of a step is in the table."""
-    point, (measured_gib, near_gib, measured_ms, near_ms) = planner_points.POINTS[name], MEASURED[name]
+    another time; and if the planner learns what it is known to miss, which then has to go from `MISSED` and from what
+    the planner says of itself. No time of a step is in the table."""
+    point, (measured_gib, near, measured_ms) = planner_points.POINTS[name], MEASURED[name]
     plan = plan_run(planner_points.configure(point, tmp_path, ()), point.gpus)
-    assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(measured_gib, rel=near_gib)
+    assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(measured_gib, rel=near)
     planned_ms = 1e3 * step_time(plan, plan.batches.segments[0], H200).total
-    assert planned_ms == pytest.approx(min(measured_ms), rel=near_ms)
-    assert planned_ms == pytest.approx(max(measured_ms), rel=near_ms)
+    if name in MISSED:
+        assert measured_ms[0] / planned_ms == pytest.approx(MISSED[name], abs=0.02)
+        return
+    assert planned_ms == pytest.approx(min(measured_ms), rel=0.07)
+    assert planned_ms == pytest.approx(max(measured_ms), rel=0.07)
+
+
+def test_the_planner_says_what_it_misses() -> None:
+    """Fails if the note under a plan has other figures than the comparison."""
+    for ratio in (416.5 / 439.6, MISSED["shared4_fp8_block_8k"], MISSED["shared4_fp8_current_8k"]):
+        assert f"{ratio:.2f}" in BEYOND_TWO_GPUS

@@ -311,6 +311,21 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
     ),
     (
         "tensor_parallel_overlap_has_what_it_needs",
+        [
+            *(OVERLAP, TP2, "parallel.sequence_parallel=true", "model.mamba_num_heads=16"),
+            *("precision.format=fp8_current", "precision.primary_weights=fp8"),
+        ],
+        2,
+        [OVERLAP, "precision.primary_weights=fp8"],
+    ),
+    (
+        "tensor_parallel_overlap_has_what_it_needs",
+        [OVERLAP, TP2, "parallel.sequence_parallel=true", "precision.format=bf16"],
+        2,
+        ["model.hidden_size=160", OVERLAP, "multiple of the 64", "128 or 192"],
+    ),
+    (
+        "tensor_parallel_overlap_has_what_it_needs",
         [OVERLAP, TP2, "parallel.sequence_parallel=true", "data.phases.0.seq_length=512"],
         2,
         [OVERLAP, "train.seq_length=256", "data.phases[0].seq_length=512"],

@@ -34,8 +34,8 @@ CLOSE = 5e-3
 def config_of(
     corpus: Path, run_dir: Path, format: str, primary: str, *, parallel: dict[str, Any] | None = None, **optim: Any
 ) -> RunConfig:
-    """30 steps of 8 samples of 128 tokens; the first of five layers stays in bfloat16. Of 32 Mamba heads FP8 takes
-    halves."""
+    """30 steps of 8 samples of 128 tokens; the first of five layers stays in bfloat16. 32 heads, so that half of
+    them, too, have sizes that FP8 multiplies."""
     return small_config(
         corpus,
         run_dir,
