@@ -289,7 +289,7 @@ def main() -> None:
     options, options.overrides = parser.parse_known_args()
     if options.list:
         for name, point in POINTS.items():
-            print(f"{name:30}{point.gpus} GPU  {' '.join(point.overrides)}")
+            print(f"{name:34}{point.gpus} GPU  {' '.join(point.overrides)}")
         return
     names, _ = choose(options.points), choose_gpu(options.gpu)  # a wrong name or table is refused at once
     if options.corpus is not None:
