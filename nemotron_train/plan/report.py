@@ -188,11 +188,14 @@ def _time_rows(plan: RunPlan, machine: Machine) -> list[tuple[str, str]]:
 
 
 def _uncounted_time_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    rows = []
+    if plan.config.parallel.overlap_tensor_comm:
+        rows.append(("", "not counted: the traffic that parallel.overlap_tensor_comm hides"))
     parts = [key for key in beyond_nemotron_h(plan.config.model) if key not in ("max_position_embeddings", "rope_base")]
-    if not parts:
-        return []
-    slow = "; capped attention is not fused, and much slower" if "attention_logit_cap" in parts else ""
-    return [("", f"not counted: what model.{', model.'.join(parts)} take{slow}")]
+    if parts:
+        slow = "; capped attention is not fused, and much slower" if "attention_logit_cap" in parts else ""
+        rows.append(("", f"not counted: what model.{', model.'.join(parts)} take{slow}"))
+    return rows
 
 
 def _price_text(timed: RunTime, machine: Machine) -> str:

@@ -25,9 +25,7 @@ from nemotron_train.probe.chunks import Bench, Measurement, build_chunk, launch_
 SHORT_CALLS = 4  # at once, of what takes a few milliseconds
 LONG = 4  # times the sample, for what takes less than a millisecond
 STATE_BYTES = 18  # of a parameter: weight and gradient, master weight and moments
-UPDATED = (
-    12  # MLP layers whose update is measured, where 45 GB are free for their state; starting it counts little then
-)
+UPDATED = 12  # MLP layers whose update is measured, where 45 GB are free for their state: starting it counts little
 
 # Shapes: S sequence, B micro-batch, D hidden, H heads, G query groups, P head dim, f packed projection, V vocabulary.
 

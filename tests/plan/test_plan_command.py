@@ -52,13 +52,15 @@ def test_text_tells_model_layout_steps_rate_and_phases(capsys: pytest.CaptureFix
 
 
 def test_text_tells_what_is_exchanged_while_products_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if the banner keeps the option to itself, or its buffers are counted among what torch counts."""
+    """Fails if the banner keeps the option to itself, its buffers are counted among what torch counts, or the time is
+    told as if all it hides were counted."""
     run = ["experiment=nemotron_nano_12b_v2", "precision=fp8_current", "world_size=4", "train.global_batch_size=4"]
     assert main([*run, "parallel.overlap_tensor_comm=true"]) == 0
     out = capsys.readouterr().out
     assert "with sequence parallelism, exchanged while products run" in out
     assert "about 4.56 outside torch" in out
     assert "user buffers" not in out
+    assert "not counted: the traffic that parallel.overlap_tensor_comm hides" in out
 
 
 def test_text_tells_the_parts_of_a_gpt(capsys: pytest.CaptureFixture[str]) -> None:
