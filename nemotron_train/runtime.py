@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemotron_train.engine.captured_passes import CapturedPasses
 from nemotron_train.engine.groups import Groups
 from nemotron_train.engine.optimizer import Optimizer
 from nemotron_train.engine.wrap import ModelChunk
@@ -18,6 +19,7 @@ class Runtime:
     groups: Groups
     chunks: Sequence[ModelChunk]  # one per virtual pipeline stage of this rank
     optimizer: Optimizer
+    captured: CapturedPasses | None = None  # takes training's passes, where train.cuda_graphs asks for it
 
 
 @dataclass(frozen=True)

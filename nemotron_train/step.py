@@ -51,15 +51,23 @@ def train_step(run: Runtime, batches: Sequence[Batch], consumed_tokens: int) -> 
 
 def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> list[LossReport]:
     """Take micro-batches through this rank's chunks; reports come back on the last pipeline stage."""
-    train, num_sources = run.plan.config.train, len(run.plan.config.data.sources)
     tokens_in_step = count_tokens(run, batches)
+    if run.captured is not None and not forward_only:
+        return run.captured.run(partial(_passes, run), batches, tokens_in_step)
+    return _passes(run, batches, tokens_in_step, forward_only=forward_only)
+
+
+def _passes(
+    run: Runtime, batches: Sequence[Batch], tokens_in_step: Tensor, *, forward_only: bool = False
+) -> list[LossReport]:
+    num_sources = len(run.plan.config.data.sources)
     on_device = (batch.to(run.platform.device) for batch in batches)
     return run_micro_batches(
         partial(forward_step, num_sources=num_sources, tokens_in_step=tokens_in_step),
         tee(on_device, len(run.chunks)),
         run.chunks,
         num_micro_batches=len(batches),
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=run.plan.config.train.micro_batch_size,
         seq_length=batches[0].tokens_BS.shape[1] * run.plan.layout.context,
         forward_only=forward_only,
     )

@@ -30,6 +30,7 @@ from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
 from nemotron_train.data.sequence_part import SequencePart
+from nemotron_train.engine.captured_passes import CapturedPasses
 from nemotron_train.engine.groups import Groups, any_rank_each, from_rank_zero
 from nemotron_train.engine.layer_parts import choose_layer_parts
 from nemotron_train.engine.mcore_config import (
@@ -64,13 +65,14 @@ def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
     config = plan.config
     ops, parts = best_operations(platform.device, weight_dtype(config)), choose_layer_parts(plan, platform)
     logger.info("Layers: %s. Operations: %s.", parts.name, ops.name)
+    captured = CapturedPasses() if config.train.cuda_graphs else None
     transformer_config = build_transformer_config(plan, ops, parts)
     chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
     wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)
     if parts.fuses_weight_gradients and config.train.recompute is not Recompute.full:
         overwrite_gradients(wrapped)
     optimizer = build_optimizer(build_optimizer_config(config), wrapped, VECTOR_GROUPS)
-    return Runtime(plan=plan, platform=platform, groups=groups, chunks=wrapped, optimizer=optimizer)
+    return Runtime(plan=plan, platform=platform, groups=groups, chunks=wrapped, optimizer=optimizer, captured=captured)
 
 
 class Trainer:

@@ -32,7 +32,7 @@ class Batch:
 
         def moved(t: Tensor) -> Tensor:
             # A copy from memory that is not pinned would wait for all that the GPU still has to do.
-            return (t.pin_memory() if is_cuda else t).to(device, non_blocking=True)
+            return (t.pin_memory() if is_cuda and not t.is_cuda else t).to(device, non_blocking=True)
 
         return Batch(
             tokens_BS=moved(self.tokens_BS),
@@ -41,6 +41,12 @@ class Batch:
             source_B=moved(self.source_B),
             document_BS=None if self.document_BS is None else moved(self.document_BS),
         )
+
+    def copy_from(self, other: "Batch") -> None:
+        """Take another micro-batch's contents, of the same shapes, into this one's memory."""
+        for mine, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            if mine is not None:
+                mine.copy_(new)
 
 
 def build_batch(

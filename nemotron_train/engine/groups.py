@@ -1,6 +1,7 @@
 """Starts torch.distributed and Megatron-Core's process groups for a layout, and ends them on every path."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from nemotron_train.engine.captured_passes import release_all
 from nemotron_train.engine.megatron_on_cpu import run_megatron_on_cpu
 from nemotron_train.errors import CheckpointError, ConfigError, NemotronTrainError
 from nemotron_train.plan.layout import Layout
@@ -55,16 +57,26 @@ def process_groups(
         # Gloo copies of the groups are for NCCL runs; on the CPU the groups are gloo's already.
         create_gloo_process_groups=platform.is_cuda,
     )
-    # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators.
-    model_parallel_cuda_manual_seed(seed)
+    # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators,
+    # also inside a CUDA graph.
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=platform.is_cuda, force_reset_rng=True)
     yield ProcessGroupCollection.use_mpu_process_groups()
     stop_torch_distributed()
 
 
 def stop_torch_distributed() -> None:
     """End all process groups, after a run that every rank finished."""
+    release_all()
+    _forget_fp8_maxima()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _forget_fp8_maxima() -> None:
+    """With delayed scaling Transformer Engine reduces the maxima of every layer that it ever ran in this process, over
+    the group each had then."""
+    if quantization := sys.modules.get("transformer_engine.pytorch.quantization"):
+        quantization.FP8GlobalStateManager.reset()
 
 
 def start_torch_distributed(platform: Platform, me: LaunchedRank, timeout_seconds: int) -> None:

@@ -99,6 +99,7 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         # between the two get mixed up; overlapped, unbatched ones do not.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=pipelined and not interleaved,
+        batch_p2p_sync=not config.train.cuda_graphs,  # a graph cannot wait for the GPU
         recompute_granularity="selective" if config.train.recompute is Recompute.selective else None,
         recompute_modules=["core_attn"],
         **_fp8_names(config),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from nemotron_train.config.keys import describe_keys, near_miss
-from nemotron_train.config.schema import LrSchedule, RunConfig
+from nemotron_train.config.schema import DocumentBoundary, LrSchedule, Recompute, RunConfig
 from nemotron_train.plan.batching import plan_batches
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_multiples
@@ -70,6 +70,33 @@ def evaluation_has_something_to_read(config: RunConfig, world_size: int) -> Iter
         )
     if train.eval_tokens < train.seq_length:
         yield (f"train.eval_tokens={train.eval_tokens} is less than one sample of train.seq_length={train.seq_length}.")
+
+
+def graphs_repeat_every_step(config: RunConfig, world_size: int) -> Iterator[str]:
+    # A graph repeats the same kernels on the same memory, and waits for nothing that began outside it.
+    if not config.train.cuda_graphs:
+        return
+    if config.data.document_boundary is DocumentBoundary.reset:
+        yield (
+            "train.cuda_graphs=true is not possible with data.document_boundary=reset: every sample has other "
+            "documents, and other kernels for them. Set the first to false, or the second to none."
+        )
+    if config.train.recompute is Recompute.full:
+        yield (
+            "train.cuda_graphs=true is not possible with train.recompute=full: Transformer Engine reads the state of "
+            "random generators there, which waits for the GPU. Set the first to false, or the second to selective."
+        )
+    if config.parallel.context_parallel_size > 1:
+        yield (
+            "train.cuda_graphs=true is not possible with parallel.context_parallel_size="
+            f"{config.parallel.context_parallel_size}: the exchanges of attention wait for ever in a graph. Set the "
+            "first to false, or the second to 1."
+        )
+    if config.parallel.overlap_param_gather:
+        yield (
+            "train.cuda_graphs=true is not possible with parallel.overlap_param_gather=true: gathers that the "
+            "optimizer starts would end inside the graph. Set one of them to false."
+        )
 
 
 def schedule_has_its_keys_and_no_others(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -255,6 +282,7 @@ RUN_RULES = (
     batch_schedule_rises,
     train_tokens_hold_a_step,
     evaluation_has_something_to_read,
+    graphs_repeat_every_step,
     schedule_has_its_keys_and_no_others,
     rate_falls_from_peak_to_min,
     warmup_and_decay_fit_into_the_run,

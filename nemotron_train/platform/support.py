@@ -22,6 +22,11 @@ def check_support(config: RunConfig, platform: Platform) -> None:
             f"precision.primary_weights=fp8 with precision.format={wanted.value} needs {_what_is_missing(platform)}. "
             "Set precision.primary_weights=bf16: the emulation quantises bf16 weights."
         )
+    if config.train.cuda_graphs and not platform.is_cuda:
+        raise ConfigError(
+            f"train.cuda_graphs=true needs a GPU, and this run is on {platform.device.type}. "
+            "Set train.cuda_graphs=false here."
+        )
     if wanted is PrecisionFormat.fp32:
         return
     cp_size, boundary = config.parallel.context_parallel_size, config.data.document_boundary

@@ -94,6 +94,7 @@ READ_BY_WHAT_RUNS = {
     "train.eval_every_steps": "trainer: evaluation",
     "train.eval_tokens": "evaluation",
     "train.recompute": "engine, model: activations",
+    "train.cuda_graphs": "engine: how passes are started",
     "train.deterministic": "platform, engine: which kernels run on a GPU",
     "train.max_skipped_steps": "trainer: non-finite gradients",
     "checkpoint.every_steps": "trainer: saving",

@@ -1,0 +1,131 @@
+"""Does a run whose passes are started as a CUDA graph learn the same bits, and does it start them so?"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nemotron_train.config.schema import BatchStep, PrecisionFormat, PrimaryWeights, Recompute, RunConfig
+from nemotron_train.engine.wrap import zero_gradients
+from nemotron_train.step import run_all
+from tests.engine.live import live_run, micro_batches, random_samples
+from tests.ranks import RankPool
+from tests.run.test_gpu_runs import SIZES
+from tests.small_runs import small_config, train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+STEPS, STOP, LENGTH = 12, 7, 128
+TP2 = dict(tensor_parallel_size=2, sequence_parallel=True)
+PP2 = dict(pipeline_parallel_size=2)
+
+
+def config_of(
+    corpus: Path, run_dir: Path, precision: str, parallel: dict[str, Any], *, graphs: bool, **changes: Any
+) -> RunConfig:
+    """12 steps of 128 tokens a sample, evaluated every fourth; from the sixth on 16 samples a step instead of 8, which
+    takes another graph."""
+    weights = precision.endswith("_weights")
+    step_tokens = 8 * LENGTH
+    return small_config(
+        corpus,
+        run_dir,
+        model={**SIZES, "num_query_groups": 4, "mamba_num_heads": 32},
+        parallel=parallel,
+        precision={
+            "format": PrecisionFormat(precision.removesuffix("_weights")),
+            "primary_weights": PrimaryWeights.fp8 if weights else PrimaryWeights.bf16,
+        },
+        train={
+            "train_tokens": 5 * step_tokens + 7 * 2 * step_tokens,
+            "seq_length": LENGTH,
+            "batch_schedule": [BatchStep(start_tokens=5 * step_tokens, global_batch_size=16)],
+            "eval_every_steps": 4,
+            "deterministic": True,
+            "cuda_graphs": graphs,
+            **changes,
+        },
+    )
+
+
+def same_bits(with_it: list[dict[str, Any]], without: list[dict[str, Any]]) -> None:
+    for key, number in (("loss", STEPS), ("grad_norm", STEPS), ("eval_loss", 3)):
+        found, expected = ([record[key] for record in records if key in record] for records in (with_it, without))
+        assert len(found) == number
+        assert found == expected, key
+
+
+@pytest.mark.parametrize(
+    ("precision", "world_size", "parallel", "recompute"),
+    [
+        *((format, 1, {}, Recompute.none) for format in ("fp32", "bf16", "fp8_block", "fp8_current", "fp8_delayed")),
+        *((format, 1, {}, Recompute.none) for format in ("fp8_block_weights", "fp8_current_weights")),
+        ("fp8_block", 1, {}, Recompute.selective),
+        ("bf16", 2, {}, Recompute.none),
+        ("fp8_block", 2, TP2, Recompute.none),
+        ("fp8_delayed", 2, TP2, Recompute.none),
+        ("fp8_current", 2, {**TP2, "overlap_tensor_comm": True}, Recompute.none),
+        ("bf16", 2, PP2, Recompute.none),
+        ("bf16", 2, {**PP2, "virtual_pipeline_size": 2}, Recompute.none),
+        ("fp8_block", 4, {**TP2, **PP2}, Recompute.none),
+    ],
+)
+def test_a_run_learns_the_same_bits(
+    ranks: RankPool,
+    corpus: Path,
+    tmp_path: Path,
+    precision: str,
+    world_size: int,
+    parallel: dict[str, Any],
+    recompute: Recompute,
+) -> None:
+    """Fails if a graph reads what an earlier step left (a batch, the count of tokens, weights in FP8, a scale), adds to
+    gradients that it should overwrite, or keeps the batch size of the run's beginning."""
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    with_it, without = (
+        ranks.run(
+            train,
+            world_size,
+            config_of(corpus, tmp_path / str(graphs), precision, parallel, graphs=graphs, recompute=recompute),
+        )[0]
+        for graphs in (True, False)
+    )
+    same_bits(with_it, without)
+
+
+def test_a_stopped_run_goes_on(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if what is saved or loaded is not what the graph works on."""
+    stopped, whole = (
+        config_of(corpus, tmp_path / str(graphs), "fp8_delayed", {}, graphs=graphs, eval_every_steps=0)
+        for graphs in (True, False)
+    )
+    ranks.run(train, 1, stopped, STOP)
+    found, expected = (
+        [record["loss"] for record in ranks.run(train, 1, config)[0] if "loss" in record] for config in (stopped, whole)
+    )
+    assert len(expected) == STEPS
+    assert found == expected
+
+
+def started_by_the_cpu(config: RunConfig) -> int:
+    """Count what the CPU starts on the GPU during the passes of a step, after two that it prepares with."""
+    with live_run(config) as run:
+        for _ in range(3):
+            zero_gradients(run.chunks)
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+                run_all(run, micro_batches(random_samples(0, 8, config), 2), forward_only=False)
+                torch.cuda.synchronize()
+        return sum("Launch" in event.name for event in seen.events() if event.name.startswith("cu"))
+
+
+def test_passes_are_started_at_once(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if a step's kernels are still started one by one."""
+    with_it, without = (
+        ranks.run(started_by_the_cpu, 1, config_of(corpus, tmp_path, "fp8_block", {}, graphs=graphs))[0]
+        for graphs in (True, False)
+    )
+    assert with_it < 100 < 500 < without
