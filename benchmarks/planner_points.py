@@ -78,7 +78,7 @@ def shared_slice_point(gpus: int, precision: str, *own: str) -> Point:
     return Point(gpus, (*SHAPES["slice"].overrides, *layout, f"precision={precision}", *own))
 
 
-OVERLAP = "parallel.overlap_tensor_comm=true"
+OVERLAP, GRAPHS = "parallel.overlap_tensor_comm=true", "train.cuda_graphs=true"
 POINTS = {
     "slice_bf16_8k": slice_point("bf16", 8192),
     "slice_fp8_block_8k": slice_point("fp8_block", 8192),
@@ -98,6 +98,7 @@ POINTS = {
     "shared4_bf16_8k": shared_slice_point(4, "bf16"),
     "shared4_bf16_8k_overlap": shared_slice_point(4, "bf16", OVERLAP),
     "shared4_fp8_block_8k": shared_slice_point(4, "fp8_block"),
+    "shared4_fp8_block_8k_graphs": shared_slice_point(4, "fp8_block", GRAPHS),
     "shared4_fp8_current_8k": shared_slice_point(4, "fp8_current"),
     "shared4_fp8_current_8k_overlap": shared_slice_point(4, "fp8_current", OVERLAP),
 }
@@ -206,6 +207,8 @@ def reset_peak(platform: Platform) -> None:
 def release(run: Runtime) -> None:
     """Give back the large tensors of a run, whoever still refers to the run: hooks of its gradients refer to it in
     circles that go through C++."""
+    if run.captured is not None:
+        run.captured.release()
     tensors = [
         buffer_part
         for chunk in run.chunks

@@ -171,7 +171,7 @@ class ParallelSection:
     sequence_parallel: bool = False  # norms and residuals split over the sequence between tensor-parallel regions
     overlap_grad_reduce: bool = True  # reduce gradients while the backward pass runs
     overlap_param_gather: bool = False  # gather updated weights while the next forward pass runs
-    overlap_tensor_comm: bool = False  # exchange while products run: sequence parallel, bf16 or fp8_current, in a node
+    overlap_tensor_comm: bool = False  # exchange while products run: sequence parallel, within a node, not fp8_block
     timeout_seconds: int = 600  # a collective that waits longer fails the run
 
 

@@ -141,12 +141,13 @@ def _precision_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
     batches = plan.batches
+    started = ", started as one CUDA graph" if plan.config.train.cuda_graphs else ""
     rows = [
         (
             "step",
             f"{batches.global_batch_size_at(0)} samples x {batches.seq_length_at(0):,} tokens = "
             f"{plan.tokens_per_step:,} tokens, on every rank {batches.num_micro_batches_at(0)} micro-batch(es) "
-            f"of {batches.micro_batch_size}",
+            f"of {batches.micro_batch_size}{started}",
         )
     ]
     for segment in batches.segments[1:]:

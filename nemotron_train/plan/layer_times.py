@@ -61,6 +61,8 @@ def layer_seconds(
     products = gpu.layer_ms_in(kind, format) - gpu.core_ms[kind] - gpu.norm_and_residual_ms
     core = gpu.core_ms[kind] * (gpu.memory_slowdown if kind is LayerKind.mamba else 1.0)
     split = gpu.tensor_parallel_ms[format] * _times(tokens, gpu) if tp_size > 1 else 0.0
+    # A graph starts itself.
+    forward_launch, backward_launch = (0.0, 0.0) if config.train.cuda_graphs else gpu.launch_ms[kind][format]
     return LayerSeconds(
         products=1e-3 * products * _weights(kind, share) / _weights(kind, gpu.model) * _times(tokens, gpu),
         core=1e-3 * core * _core_ratio(kind, share, seq_length, gpu) * _times(tokens, gpu),
@@ -70,8 +72,8 @@ def layer_seconds(
         * (tokens.residual / gpu.tokens)
         * (share.hidden_size / gpu.model.hidden_size),
         tensor_parallel=1e-3 * split,
-        forward_launch=1e-3 * gpu.launch_ms[kind][format][0],
-        backward_launch=1e-3 * gpu.launch_ms[kind][format][1],
+        forward_launch=1e-3 * forward_launch,
+        backward_launch=1e-3 * backward_launch,
     )
 
 

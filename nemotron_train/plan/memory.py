@@ -3,7 +3,8 @@
 Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s within 4 %: 18 points of
 the 12B and its 18-layer slice on one to four GPUs, in bf16 and FP8, of 4k to 16k tokens, with and without recomputation
 (`benchmarks/README.md`); and Megatron-Core's own 12B, where AdamW's step is the fullest moment. Pipelines and context
-parallelism have not been measured, and what is outside torch's count, user buffers among it, is arithmetic.
+parallelism have not been measured, and what is outside torch's count (user buffers, what a CUDA graph keeps for itself)
+is arithmetic.
 """
 
 from collections import Counter
@@ -54,7 +55,9 @@ class RankMemory:
     activations: int  # of all micro-batches in flight
     working: int  # on top of them: logits, or one layer's backward pass
     optimizer_working: int  # of AdamW's step, when there are no activations
-    user_buffers: int  # in none of the sums: what tensor-parallel ranks exchange through (engine/user_buffers.py)
+    # In none of the sums:
+    user_buffers: int  # what tensor-parallel ranks exchange through (engine/user_buffers.py)
+    beside_graph: int  # of AdamW and evaluation, which cannot use what a CUDA graph keeps for its passes
 
     @property
     def held(self) -> int:
@@ -69,6 +72,11 @@ class RankMemory:
     @property
     def peak(self) -> int:
         return max(self.forward_backward_peak, self.held + self.optimizer_working)
+
+    @property
+    def uncounted(self) -> int:
+        """Return what is in none of the sums."""
+        return self.user_buffers + self.beside_graph
 
     def in_gib(self) -> dict[str, float]:
         """Return every part and the peak, for people and programs."""
@@ -93,8 +101,8 @@ def memory_gib_per_gpu(ranks: Iterable[RankMemory]) -> float:
 
 
 def outside_torch_gib(ranks: Sequence[RankMemory]) -> float:
-    """Return what torch does not count; it is the same on all ranks."""
-    return OUTSIDE_TORCH_GIB + ranks[0].user_buffers / GIB
+    """Return what torch does not count, on the rank that has most of it."""
+    return OUTSIDE_TORCH_GIB + max(rank.uncounted for rank in ranks) / GIB
 
 
 def needed_gib(ranks: Sequence[RankMemory]) -> float:
@@ -119,6 +127,7 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
     if fp8_primary and config.optim.gradients is StateFormat.bf16:
         step += 4 * parameters // shards  # gradients in float32, where the other AdamW takes them as they are
     moments = 2 * state_bytes(config.optim.moments)
+    working = _working(plan, rank, seq_length)
     return RankMemory(
         weights=rank_weight_bytes(plan, rank),
         gradients=parameters * state_bytes(config.optim.gradients),
@@ -130,9 +139,10 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
         fp8_weights=_quantised(gemms) * (FP8_COPIES_BYTES - fp8_primary),
         gradient_stand_ins=0 if fp32 else dense * sum(inputs * outputs for inputs, outputs in shapes),
         activations=_activations(plan, rank, seq_length, micro_batches),
-        working=_working(plan, rank, seq_length),
+        working=working,
         optimizer_working=step,
         user_buffers=_user_buffers(plan, seq_length),
+        beside_graph=max(step, working) if config.train.cuda_graphs else 0,
     )
 
 

@@ -138,7 +138,7 @@ def _memory_rows(plan: RunPlan, ranks: list[RankMemory], gpu: Gpu) -> list[tuple
     fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].peak)
     parts = ranks[fullest].in_gib()
     verdict = "fits" if needed_gib(ranks) <= gpu.memory_gib else "DOES NOT FIT"
-    counted = {name: size for name, size in parts.items() if name not in ("peak", "user_buffers")}
+    counted = {name: size for name, size in parts.items() if name not in ("peak", "user_buffers", "beside_graph")}
     held = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in counted.items() if size)
     when = "in AdamW's step" if ranks[fullest].forward_backward_peak < ranks[fullest].peak else "in a backward pass"
     rows = [

@@ -176,8 +176,7 @@ SCATTERED_COLUMNS = 64
 
 def tensor_parallel_overlap_has_what_it_needs(config: RunConfig, world_size: int) -> Iterator[str]:
     # Transformer Engine 2.11: its user buffers gather and scatter parts of a sequence, are of one size, and take no
-    # tensors with scales of blocks. With delayed scaling gradients come out otherwise than without them, and it is not
-    # known why (docs/design.md); with FP8 weights nobody has tried.
+    # tensors with scales of blocks. With FP8 weights nobody has tried.
     parallel, format = config.parallel, config.precision.format
     if not parallel.overlap_tensor_comm:
         return
@@ -188,10 +187,10 @@ def tensor_parallel_overlap_has_what_it_needs(config: RunConfig, world_size: int
         )
     elif not parallel.sequence_parallel:
         yield "parallel.overlap_tensor_comm=true needs parallel.sequence_parallel=true, it is false."
-    if format not in (PrecisionFormat.bf16, PrecisionFormat.fp8_current):
+    if format in (PrecisionFormat.fp32, PrecisionFormat.fp8_block):
         yield (
             f"parallel.overlap_tensor_comm=true is not possible with precision.format={format.value}. "
-            "Set it to false, or choose bf16 or fp8_current."
+            "Set it to false, or choose bf16, fp8_current or fp8_delayed."
         )
     if config.precision.primary_weights is PrimaryWeights.fp8:
         yield (

@@ -175,3 +175,18 @@ def test_user_buffers_are_outside_the_peak_and_needed(
     assert ranks[0].peak == others[0].peak
     assert needed_gib(ranks) - needed_gib(others) == pytest.approx(buffers / GIB)
     assert others[0].user_buffers == 0
+
+
+def test_a_graph_keeps_its_memory_from_the_others() -> None:
+    """Fails if a GPU is said to do that has room for the passes, but not beside them for AdamW or an evaluation."""
+    graphs = "train.cuda_graphs=true"
+    for changes, part in (
+        (ALL_IN_BF16, "working"),
+        (("optim.moments=bf16", "train.seq_length=1024"), "optimizer_working"),
+    ):
+        (plain,), (graphed,) = (plan_memory(planned(*SLICE, *changes, *own)) for own in ((), (graphs,)))
+        assert max(plain.working, plain.optimizer_working) == getattr(plain, part)
+        assert plain.beside_graph == 0
+        assert graphed.beside_graph == getattr(plain, part)
+        assert graphed.peak == plain.peak
+        assert needed_gib([graphed]) - needed_gib([plain]) == pytest.approx(getattr(plain, part) / GIB)

@@ -54,6 +54,7 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
     assert config.precision.format.value in name
     assert f"{config.train.seq_length // 1024}k" in parts
     assert config.parallel.overlap_tensor_comm == (parts[-1] == "overlap")
+    assert config.train.cuda_graphs == (parts[-1] == "graphs")
     assert config.train.recompute.value == (parts[-1] if parts[-1] in ("full", "selective") else "none")
 
 
@@ -77,14 +78,17 @@ MEASURED = {
     "shared4_bf16_8k": (23.75, 0.01, [416.5]),
     "shared4_bf16_8k_overlap": (23.85, 0.015, [401.9]),
     "shared4_fp8_block_8k": (25.38, 0.04, [684.4]),
+    "shared4_fp8_block_8k_graphs": (25.10, 0.04, [338.9]),
     "shared4_fp8_current_8k": (24.66, 0.015, [622.9]),
     "shared4_fp8_current_8k_overlap": (24.68, 0.015, [605.8]),
 }
 
 
-# What is known to be planned wrong: measured time, by planned. Overlap the planner leaves out; and in FP8 four ranks
-# probably wait for the CPU, which starts more kernels for a split layer than the planner knows of.
+# What is known to be planned wrong: measured time, by planned. Overlap the planner leaves out; in FP8 four ranks wait
+# for the CPU, which starts more kernels for a split layer than the planner knows of; and where they do not wait, their
+# exchanges, of which FP8 sends fewer bytes, take less than is planned.
 MISSED = {
+    "shared4_fp8_block_8k_graphs": 0.882,
     "shared4_bf16_8k_overlap": 0.914,
     "shared4_fp8_block_8k": 1.441,
     "shared4_fp8_current_8k": 1.351,
@@ -114,5 +118,8 @@ def test_the_planner_says_what_it_misses() -> None:
     name = "shared4_bf16_8k"
     plan = plan_run(planner_points.configure(planner_points.POINTS[name], Path("unused"), ()), 4)
     bf16 = MEASURED[name][2][0] / (1e3 * step_time(plan, plan.batches.segments[0], H200).total)
-    for ratio in (bf16, MISSED["shared4_fp8_block_8k"], MISSED["shared4_fp8_current_8k"]):
+    for ratio in (
+        bf16,
+        *(MISSED[f"shared4_{name}"] for name in ("fp8_block_8k", "fp8_current_8k", "fp8_block_8k_graphs")),
+    ):
         assert f"{ratio:.2f}" in BEYOND_TWO_GPUS

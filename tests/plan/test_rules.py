@@ -12,6 +12,7 @@ from tests.plan.small import config_with
 
 TP2 = "parallel.tensor_parallel_size=2"
 OVERLAP = "parallel.overlap_tensor_comm=true"
+GRAPHS = "train.cuda_graphs=true"
 PP2 = "parallel.pipeline_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
 FP8 = ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
@@ -301,13 +302,7 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         "tensor_parallel_overlap_has_what_it_needs",
         [OVERLAP, TP2, "parallel.sequence_parallel=true", "precision.format=fp8_block", "model.mamba_num_heads=16"],
         2,
-        [OVERLAP, "precision.format=fp8_block", "bf16 or fp8_current"],
-    ),
-    (
-        "tensor_parallel_overlap_has_what_it_needs",
-        [OVERLAP, TP2, "parallel.sequence_parallel=true", "precision.format=fp8_delayed", "model.mamba_num_heads=16"],
-        2,
-        [OVERLAP, "precision.format=fp8_delayed", "bf16 or fp8_current"],
+        [OVERLAP, "precision.format=fp8_block", "bf16, fp8_current or fp8_delayed"],
     ),
     (
         "tensor_parallel_overlap_has_what_it_needs",
@@ -379,6 +374,15 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         ["train.eval_tokens=255", "train.seq_length=256"],
     ),
     ("schedule_has_its_keys_and_no_others", ["lr.min=null"], 1, ["lr.min", "lr.schedule=wsd", "lr=constant"]),
+    *(
+        ("graphs_repeat_every_step", [GRAPHS, *changes], ranks, [GRAPHS, clash])
+        for changes, ranks, clash in (
+            (["data.document_boundary=reset"], 1, "data.document_boundary=reset"),
+            (["train.recompute=full"], 1, "train.recompute=full"),
+            ([CP2], 2, CP2),
+            (["parallel.overlap_param_gather=true"], 1, "parallel.overlap_param_gather=true"),
+        )
+    ),
     (
         "schedule_has_its_keys_and_no_others",
         ["lr.decay_tokens=null"],

@@ -63,6 +63,15 @@ def test_a_layer_takes_as_long_as_starting_its_kernels(launch_ms: tuple[float, f
     assert again == pytest.approx(1e-3 * max(launch_ms[0], 4)), "the forward pass"
 
 
+def test_a_graph_waits_for_no_cpu() -> None:
+    """Fails if what starting kernels takes is counted where they start themselves."""
+    slow = replace(H200, launch_ms={kind: {PrecisionFormat.bf16: (1e3, 1e3)} for kind in LayerKind})
+    config = planned(*SLICE, "train.cuda_graphs=true").config
+    for kind in LayerKind:
+        total = layer_seconds(kind, PrecisionFormat.bf16, config, 8192, slow).total
+        assert total == pytest.approx(1e-3 * H200.layer_ms[kind][PrecisionFormat.bf16])
+
+
 def test_gradients_are_cleared_where_layers_are_recomputed() -> None:
     """Fails if clearing is left out, counted where products overwrite the gradients, or of another size than theirs."""
     for gradients, size in (("fp32", 4), ("bf16", 2)):

@@ -81,6 +81,14 @@ def test_overlapped_tensor_communication_is_refused_where_there_are_no_user_buff
         check_support(config_with(*OVERLAP), CPU)
 
 
+def test_graphs_are_refused_where_there_is_no_gpu() -> None:
+    """Fails if a CPU run accepts the option and ignores it."""
+    config = config_with("train.cuda_graphs=true")
+    with pytest.raises(ConfigError, match=r"cuda_graphs=true needs a GPU, and this run is on cpu\. Set \S+=false"):
+        check_support(config, CPU)
+    check_support(config, CUDA)
+
+
 @pytest.mark.parametrize(("gpus", "fits"), [(1, False), (2, True)])
 def test_overlapped_tensor_communication_stays_within_a_machine(
     gpus: int, fits: bool, monkeypatch: pytest.MonkeyPatch

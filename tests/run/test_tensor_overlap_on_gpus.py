@@ -48,6 +48,7 @@ def config_of(
         ("bf16", 2, TP2, Recompute.none),
         ("bf16", 2, TP2, Recompute.full),
         ("fp8_current", 2, TP2, Recompute.none),
+        ("fp8_delayed", 2, TP2, Recompute.none),
         ("bf16", 4, TP2, Recompute.none),
         ("bf16", 4, {**TP2, "pipeline_parallel_size": 2}, Recompute.none),
         ("bf16", 4, {**TP2, "context_parallel_size": 2}, Recompute.none),
@@ -106,7 +107,7 @@ def gradients_of_last_pass(config: RunConfig) -> Arrays:
         return gradients_of(run)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_current"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8_current", "fp8_delayed"])
 def test_gradients_are_those_without_it(ranks: RankPool, corpus: Path, tmp_path: Path, precision: str) -> None:
     """Fails if a piece is missing, doubled or of another pass; each tensor of each rank counts by itself. In FP8 one
     rounding elsewhere moves gradients further than this, so nearly all must be the same."""
@@ -131,7 +132,7 @@ def exchanges(config: RunConfig) -> int:
         return sum("AllGather" in event.name or "ReduceScatter" in event.name for event in seen.events())
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_current"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8_current", "fp8_delayed"])
 def test_layers_exchange_through_user_buffers(ranks: RankPool, corpus: Path, tmp_path: Path, precision: str) -> None:
     """Fails if a layer still waits for NCCL: the option would then do nothing for it."""
     with_it, without = (
