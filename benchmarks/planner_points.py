@@ -169,9 +169,16 @@ def measure_or_say_why_not(plan: RunPlan, place: Place, groups: Groups) -> dict[
 
 def measure(plan: RunPlan, place: Place, groups: Groups) -> dict[str, Any]:
     """Take some steps of the trainer: the median time of a step, and the peak of the slowest moment."""
+    reset_peak(place.platform)
+    run = build_runtime(plan, place.platform, groups)
+    try:
+        return time_steps(run, plan, place, groups)
+    finally:
+        release(run)
+
+
+def time_steps(run: Runtime, plan: RunPlan, place: Place, groups: Groups) -> dict[str, Any]:
     platform, config = place.platform, plan.config
-    reset_peak(platform)
-    run = build_runtime(plan, platform, groups)
     share = RankShare(dp_rank=groups.dp.rank(), dp_size=groups.dp.size(), micro_batch_size=1)
     seconds, losses = [], []
     start_gib = float("nan")
@@ -187,7 +194,7 @@ def measure(plan: RunPlan, place: Place, groups: Groups) -> dict[str, Any]:
             platform.synchronize()
             seconds.append(time.perf_counter() - began)
     step_seconds = statistics.median(seconds[WARMUP_STEPS:])
-    figures = {
+    return {
         "measured_gib": peak_gib() if platform.is_cuda else None,
         "measured_start_gib": start_gib if platform.is_cuda else None,  # building the model and the first steps
         "measured_ms": step_seconds * 1e3,
@@ -195,8 +202,6 @@ def measure(plan: RunPlan, place: Place, groups: Groups) -> dict[str, Any]:
         "tokens_per_second_per_gpu": plan.tokens_per_step / step_seconds / place.me.world_size,
         "losses": [round(loss, 3) for loss in losses],
     }
-    release(run)
-    return figures
 
 
 def reset_peak(platform: Platform) -> None:
@@ -207,8 +212,7 @@ def reset_peak(platform: Platform) -> None:
 def release(run: Runtime) -> None:
     """Give back the large tensors of a run, whoever still refers to the run: hooks of its gradients refer to it in
     circles that go through C++."""
-    if run.captured is not None:
-        run.captured.release()
+    run.close()
     tensors = [
         buffer_part
         for chunk in run.chunks

@@ -157,6 +157,7 @@ def measure(name: str, precision: str, corpus: Path, profile: bool, overrides: l
             figures |= figures_of("step", step)
             figures["losses"] = [round(loss, 3) for loss in losses]
             shares = kernel_shares(step) if profile else None
+        run.close()
     if me.rank == 0:
         if shares is not None:
             table = Table("group", "ms", "share", title=f"{precision}: {shares.total_ms:.1f} ms of kernels in a step")

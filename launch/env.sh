@@ -26,4 +26,5 @@ export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 #   NCCL_IB_HCA                              the InfiniBand adapters to use, e.g. mlx5, where some ports are for storage
 #   NCCL_NVLS_ENABLE=0                       no NVLink multicast, for machines whose driver or container lacks it and where
 #                                            NCCL fails at its first all-reduce; it is the faster way where it works
-#   PYTORCH_ALLOC_CONF=expandable_segments:True   against fragmented GPU memory (PYTORCH_CUDA_ALLOC_CONF in an older torch)
+#   PYTORCH_ALLOC_CONF=expandable_segments:True   against fragmented GPU memory (PYTORCH_CUDA_ALLOC_CONF in an older torch);
+#                                            with train.cuda_graphs=true it needs NCCL_GRAPH_REGISTER=0 as well

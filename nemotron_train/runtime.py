@@ -21,6 +21,11 @@ class Runtime:
     optimizer: Optimizer
     captured: CapturedPasses | None = None  # takes training's passes, where train.cuda_graphs asks for it
 
+    def close(self) -> None:
+        """End what must end before the process groups do. Not after an error: it waits for the GPU."""
+        if self.captured is not None:
+            self.captured.close()
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -53,11 +53,11 @@ def run_all(run: Runtime, batches: Sequence[Batch], *, forward_only: bool) -> li
     """Take micro-batches through this rank's chunks; reports come back on the last pipeline stage."""
     tokens_in_step = count_tokens(run, batches)
     if run.captured is not None and not forward_only:
-        return run.captured.run(partial(_passes, run), batches, tokens_in_step)
-    return _passes(run, batches, tokens_in_step, forward_only=forward_only)
+        return run.captured.run(partial(_run_passes, run), batches, tokens_in_step)
+    return _run_passes(run, batches, tokens_in_step, forward_only=forward_only)
 
 
-def _passes(
+def _run_passes(
     run: Runtime, batches: Sequence[Batch], tokens_in_step: Tensor, *, forward_only: bool = False
 ) -> list[LossReport]:
     num_sources = len(run.plan.config.data.sources)

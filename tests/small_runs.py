@@ -143,6 +143,7 @@ def _trainer(config: RunConfig) -> Iterator["_StoppedTrainer"]:
     with held as groups, user_buffers(plan):
         run = build_runtime(plan, platform, groups)
         yield _StoppedTrainer(run, data, StopRequest(), is_reporter=me.rank == 0)
+        run.close()
 
 
 class _StoppedTrainer(Trainer):

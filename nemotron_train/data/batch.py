@@ -28,11 +28,11 @@ class Batch:
     document_BS: Tensor | None = None  # int32, each token's document, of the whole sample; None: not told apart
 
     def to(self, device: torch.device | str) -> "Batch":
-        is_cuda = torch.device(device).type == "cuda"
+        to_gpu = torch.device(device).type == "cuda"
 
         def moved(t: Tensor) -> Tensor:
             # A copy from memory that is not pinned would wait for all that the GPU still has to do.
-            return (t.pin_memory() if is_cuda and not t.is_cuda else t).to(device, non_blocking=True)
+            return (t.pin_memory() if to_gpu and not t.is_cuda else t).to(device, non_blocking=True)
 
         return Batch(
             tokens_BS=moved(self.tokens_BS),

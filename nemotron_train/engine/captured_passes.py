@@ -1,14 +1,13 @@
-"""A step's forward and backward passes as one CUDA graph: recorded once, and from then on started by a single call.
+"""A step's forward and backward passes as one CUDA graph: captured once, and from then on started by a single call.
 
 Where kernels are small (few tokens, a layer shared by many ranks, FP8) the GPU runs them faster than a CPU starts them.
-A recorded graph starts itself, collectives included, and computes the same bits.
+A graph starts itself, collectives included, and runs the same kernels on the same memory.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from megatron.core.tensor_parallel.random import get_all_rng_states
@@ -22,74 +21,88 @@ Passes = Callable[[Sequence[Batch], Tensor], list[Any]]  # micro-batches on the 
 
 
 @dataclass(frozen=True)
-class _Recording:
-    """A graph and the memory it reads its inputs from and leaves its results in."""
+class _Capture:
+    """A graph, and the memory it reads its inputs from and leaves its results in."""
 
     graph: torch.cuda.CUDAGraph
-    batches: list[Batch]
+    batches: Sequence[Batch]
     tokens_in_step: Tensor
     reports: list[Any]
 
 
-def _record(passes: Passes, batches: list[Batch], tokens_in_step: Tensor) -> _Recording:
-    logger.info("Recording the passes of a step of %d micro-batches as a CUDA graph.", len(batches))
-    graph = torch.cuda.CUDAGraph()
-    for generator in get_all_rng_states().values():  # recomputation saves and restores them
-        graph.register_generator_state(generator)
-    # Errors of this thread alone: another one watches over collectives, and may call CUDA meanwhile.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        reports = passes(batches, tokens_in_step)
-    return _Recording(graph, batches, tokens_in_step, reports)
-
-
 class CapturedPasses:
-    """The graph of the passes in use. Make it before the model: what it captures must run on one stream."""
+    """The graph of the passes in use.
+
+    Make it before the model. From then on this rank computes on a stream of its own, until `close`: the default stream
+    cannot be captured, and a gradient is accumulated on the stream on which its parameter was first used.
+    """
 
     def __init__(self) -> None:
-        # A gradient is accumulated on the stream on which its parameter was first used. The default stream cannot be
-        # captured, so the whole rank computes on this one.
-        torch.cuda.set_stream(torch.cuda.Stream())
+        self._outer = torch.cuda.current_stream()
+        self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(self._outer)
+        torch.cuda.set_stream(self._stream)
         self._warmed_up: list[torch.Size] | None = None
-        self._recording: _Recording | None = None
-        _all.add(self)
+        self._capture: _Capture | None = None
 
     def run(self, passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[Any]:
         """Take a step's micro-batches, in host memory, through `passes`.
 
         The first step of as many micro-batches of these shapes runs as ever, because kernels tune themselves and make
-        their workspaces; the second is recorded.
+        their workspaces; the second is captured.
 
         Returns:
             the reports of `passes`. The next call overwrites them.
         """
-        device = tokens_in_step.device
         shapes = [batch.tokens_BS.shape for batch in batches]
-        on_device = [batch.to(device) for batch in batches]
+        on_device = [batch.to(tokens_in_step.device) for batch in batches]
         if shapes != self._warmed_up:
             self.release()
             self._warmed_up = shapes
             return passes(on_device, tokens_in_step)
-        if self._recording is None:
-            self._recording = _record(passes, on_device, tokens_in_step.clone())
-        recording = self._recording
-        recording.tokens_in_step.copy_(tokens_in_step)
-        for kept, new in zip(recording.batches, on_device, strict=True):
-            kept.copy_from(new)
-        recording.graph.replay()
-        return recording.reports
+        if self._capture is None:
+            self._capture = capture(passes, on_device, tokens_in_step.clone())
+        kept = self._capture
+        kept.tokens_in_step.copy_(tokens_in_step)
+        for old, new in zip(kept.batches, on_device, strict=True):
+            old.copy_from(new)
+        kept.graph.replay()
+        return kept.reports
 
     def release(self) -> None:
         """Give the graph's memory back, and its hold on the communicators that it calls."""
-        if self._recording is not None:
+        if self._capture is not None:
             torch.cuda.synchronize()
-            self._recording.graph.reset()
-            self._recording = None
+            self._capture.graph.reset()
+            self._capture = None
+
+    def close(self) -> None:
+        """Release the graph, and compute on the stream that was used before. Process groups end after it: they wait
+        for graphs that hold their communicators."""
+        self.release()
+        self._outer.wait_stream(self._stream)
+        torch.cuda.set_stream(self._outer)
 
 
-_all: WeakSet[CapturedPasses] = WeakSet()
+def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor) -> _Capture:
+    """Let `passes` say what they do, without doing it.
 
-
-def release_all() -> None:
-    """Release every graph of this process: communicators do not end while a graph holds them."""
-    for passes in _all:
-        passes.release()
+    Raises:
+        RuntimeError: something in them cannot be captured.
+    """
+    logger.info("Capturing the passes of a step of %d micro-batches as a CUDA graph.", len(batches))
+    graph = torch.cuda.CUDAGraph()
+    for generator in get_all_rng_states().values():  # recomputation saves and restores them
+        graph.register_generator_state(generator)
+    try:
+        # Errors of this thread alone: another one watches over collectives, and may call CUDA meanwhile.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            reports = passes(batches, tokens_in_step)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"The passes of a step cannot be captured as a CUDA graph: {error}. train.cuda_graphs=false runs them "
+            "without."
+        ) from error
+    return _Capture(graph, batches, tokens_in_step, reports)

@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from nemotron_train.engine.captured_passes import release_all
 from nemotron_train.engine.megatron_on_cpu import run_megatron_on_cpu
 from nemotron_train.errors import CheckpointError, ConfigError, NemotronTrainError
 from nemotron_train.plan.layout import Layout
@@ -58,7 +57,7 @@ def process_groups(
         create_gloo_process_groups=platform.is_cuda,
     )
     # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators,
-    # also inside a CUDA graph.
+    # in a CUDA graph too, which takes no others. Megatron-Core would keep the kind that a process had first.
     model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=platform.is_cuda, force_reset_rng=True)
     yield ProcessGroupCollection.use_mpu_process_groups()
     stop_torch_distributed()
@@ -66,7 +65,6 @@ def process_groups(
 
 def stop_torch_distributed() -> None:
     """End all process groups, after a run that every rank finished."""
-    release_all()
     _forget_fp8_maxima()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -99,7 +99,8 @@ def build_transformer_config(plan: RunPlan, operations: Operations, parts: Layer
         # between the two get mixed up; overlapped, unbatched ones do not.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=pipelined and not interleaved,
-        batch_p2p_sync=not config.train.cuda_graphs,  # a graph cannot wait for the GPU
+        # Megatron-Core waits for the GPU after every exchange, against a race of older torch; a graph cannot.
+        batch_p2p_sync=not config.train.cuda_graphs,
         recompute_granularity="selective" if config.train.recompute is Recompute.selective else None,
         recompute_modules=["core_attn"],
         **_fp8_names(config),

@@ -32,6 +32,8 @@ TOLD = {
     "num_steps": ",",
     "pipeline_imbalance": ".3f",
     "memory_gib_per_gpu": ".1f",
+    "memory_gib_needed": ".1f",
+    "fits": "",
     "step_seconds": ".3f",
     "tokens_per_second_per_gpu": ",.0f",
     "days": ".4g",

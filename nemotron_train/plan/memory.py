@@ -1,10 +1,10 @@
 """How much memory does a GPU need: what every pipeline rank holds at its fullest moment, in bytes that torch counts.
 
-Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s within 4 %: 18 points of
+Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s within 4 %: 19 points of
 the 12B and its 18-layer slice on one to four GPUs, in bf16 and FP8, of 4k to 16k tokens, with and without recomputation
 (`benchmarks/README.md`); and Megatron-Core's own 12B, where AdamW's step is the fullest moment. Pipelines and context
-parallelism have not been measured, and what is outside torch's count (user buffers, what a CUDA graph keeps for itself)
-is arithmetic.
+parallelism have not been measured, and what is in none of the sums below (user buffers, what a CUDA graph leaves to
+nobody else) is arithmetic. A graph's own size is not counted.
 """
 
 from collections import Counter
@@ -43,8 +43,8 @@ class _Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one pipeline rank (of each of its tensor-, context- and data-parallel ranks). All but the user buffers
-    are what torch counts."""
+    """Bytes of one pipeline rank (of each of its tensor-, context- and data-parallel ranks). The sums are what torch
+    counts as allocated."""
 
     weights: int
     gradients: int
@@ -73,11 +73,6 @@ class RankMemory:
     def peak(self) -> int:
         return max(self.forward_backward_peak, self.held + self.optimizer_working)
 
-    @property
-    def uncounted(self) -> int:
-        """Return what is in none of the sums."""
-        return self.user_buffers + self.beside_graph
-
     def in_gib(self) -> dict[str, float]:
         """Return every part and the peak, for people and programs."""
         parts = {field.name: round(getattr(self, field.name) / GIB, 2) for field in fields(self)}
@@ -101,13 +96,13 @@ def memory_gib_per_gpu(ranks: Iterable[RankMemory]) -> float:
 
 
 def outside_torch_gib(ranks: Sequence[RankMemory]) -> float:
-    """Return what torch does not count, on the rank that has most of it."""
-    return OUTSIDE_TORCH_GIB + max(rank.uncounted for rank in ranks) / GIB
+    """Return what torch does not count; it is the same on all ranks."""
+    return OUTSIDE_TORCH_GIB + ranks[0].user_buffers / GIB
 
 
 def needed_gib(ranks: Sequence[RankMemory]) -> float:
-    """Return what a GPU must have: the peak and what is outside torch's count."""
-    return memory_gib_per_gpu(ranks) + outside_torch_gib(ranks)
+    """Return what a GPU must have: the peak, what a CUDA graph leaves to nobody else, and what torch does not count."""
+    return outside_torch_gib(ranks) + max(rank.peak + rank.beside_graph for rank in ranks) / GIB
 
 
 def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length: int, micro_batches: int) -> RankMemory:

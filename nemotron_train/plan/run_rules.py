@@ -83,14 +83,14 @@ def graphs_repeat_every_step(config: RunConfig, world_size: int) -> Iterator[str
         )
     if config.train.recompute is Recompute.full:
         yield (
-            "train.cuda_graphs=true is not possible with train.recompute=full: Transformer Engine reads the state of "
-            "random generators there, which waits for the GPU. Set the first to false, or the second to selective."
+            "train.cuda_graphs=true is not possible with train.recompute=full: the state of random generators is read "
+            "there, which waits for the GPU. Set the first to false, or the second to selective."
         )
     if config.parallel.context_parallel_size > 1:
         yield (
             "train.cuda_graphs=true is not possible with parallel.context_parallel_size="
-            f"{config.parallel.context_parallel_size}: the exchanges of attention wait for ever in a graph. Set the "
-            "first to false, or the second to 1."
+            f"{config.parallel.context_parallel_size}: the exchanges of attention waited for ever when it was tried. "
+            "Set the first to false, or the second to 1."
         )
     if config.parallel.overlap_param_gather:
         yield (

@@ -168,6 +168,9 @@ def _candidates(plan: RunPlan, gpu: Gpu, refused: Counter[str]) -> Iterator[Cand
     for recompute in Recompute:
         train = replace(plan.config.train, recompute=recompute)
         trial = replace(plan, config=replace(plan.config, train=train))
+        if (reason := refusal(trial.config, plan.layout.world_size)) is not None:
+            refused[reason] += 1
+            continue
         ranks = plan_memory(trial)
         if needed_gib(ranks) > gpu.memory_gib:
             refused[f"needs more than the {gpu.memory_gib:g} GiB of {gpu.name}"] += 1

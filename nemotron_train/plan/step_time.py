@@ -2,7 +2,7 @@
 
 What it rests on: times of single layers on one and two H200s (`tables/h200.json`); `--probe` writes such a table for
 another card. Eleven configurations of the 12B and its 18-layer slice on one and two H200s took what it says within 7 %
-(`benchmarks/README.md`), and one of three on four: `BEYOND_TWO_GPUS`. Pipelines, context parallelism and other models
+(`benchmarks/README.md`), and one of four on four: `BEYOND_TWO_GPUS`. Pipelines, context parallelism and other models
 have not been measured: there it is arithmetic. Left out: what `parallel.overlap_tensor_comm` hides (3 to 9 % of a step,
 where it was measured), and adding up the gradient of tied embeddings over first and last stage.
 """
@@ -30,8 +30,8 @@ from nemotron_train.plan.traffic import (
 
 SECONDS_PER_DAY = 86_400
 BEYOND_TWO_GPUS = (
-    "beyond two GPUs only tensor 4 was measured, on H200s: bf16 took 0.95 times what is planned; FP8 1.35 to 1.44 "
-    "times, waiting for the CPU to start its kernels, and 0.88 times with train.cuda_graphs=true"
+    "beyond two GPUs only tensor 4 was measured, on H200s: bf16 took 0.93 to 0.95 times what is planned; FP8 1.07 to "
+    "1.44 times, by machine, waiting for the CPU to start its kernels; and 0.88 times with train.cuda_graphs=true"
 )
 
 

@@ -1,6 +1,7 @@
 """Can this machine do what the configuration asks for? Asked before any process group starts."""
 
 import importlib.util
+import os
 
 import torch
 
@@ -22,11 +23,8 @@ def check_support(config: RunConfig, platform: Platform) -> None:
             f"precision.primary_weights=fp8 with precision.format={wanted.value} needs {_what_is_missing(platform)}. "
             "Set precision.primary_weights=bf16: the emulation quantises bf16 weights."
         )
-    if config.train.cuda_graphs and not platform.is_cuda:
-        raise ConfigError(
-            f"train.cuda_graphs=true needs a GPU, and this run is on {platform.device.type}. "
-            "Set train.cuda_graphs=false here."
-        )
+    if config.train.cuda_graphs:
+        _check_cuda_graphs(platform)
     if wanted is PrecisionFormat.fp32:
         return
     cp_size, boundary = config.parallel.context_parallel_size, config.data.document_boundary
@@ -43,6 +41,22 @@ def check_support(config: RunConfig, platform: Platform) -> None:
         if getattr(config.optim, key) is StateFormat.bf16 and not has_transformer_engine:
             raise ConfigError(
                 f"optim.{key}=bf16 needs the AdamW of {_what_is_missing(platform)}. Set optim.{key}=fp32 here."
+            )
+
+
+def _check_cuda_graphs(platform: Platform) -> None:
+    if not platform.is_cuda:
+        raise ConfigError(
+            f"train.cuda_graphs=true needs a GPU, and this run is on {platform.device.type}. "
+            "Set train.cuda_graphs=false here."
+        )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        setting = os.environ.get(name, "")
+        if "expandable_segments:True" in setting and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+            # NCCL keeps the addresses of what a graph exchanges; Megatron-Core (0.16) refuses the two together.
+            raise ConfigError(
+                f"train.cuda_graphs=true with {name}={setting}: collectives in a graph would read memory that has "
+                "moved. Set NCCL_GRAPH_REGISTER=0 in the environment, or train.cuda_graphs=false."
             )
 
 

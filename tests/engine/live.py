@@ -42,7 +42,9 @@ def live_groups(config: RunConfig) -> Iterator[tuple[Platform, Groups]]:
 @contextmanager
 def live_run(config: RunConfig) -> Iterator[Runtime]:
     with live_groups(config) as (platform, groups):
-        yield build_runtime(plan_run(config, launched_rank().world_size), platform, groups)
+        run = build_runtime(plan_run(config, launched_rank().world_size), platform, groups)
+        yield run
+        run.close()
 
 
 def random_samples(seed: int, samples: int, config: RunConfig, *, real_tokens: Sequence[int] | None = None) -> Batch:

@@ -190,3 +190,9 @@ def test_a_graph_keeps_its_memory_from_the_others() -> None:
         assert graphed.beside_graph == getattr(plain, part)
         assert graphed.peak == plain.peak
         assert needed_gib([graphed]) - needed_gib([plain]) == pytest.approx(getattr(plain, part) / GIB)
+    stages = plan_memory(
+        planned(graphs, "parallel.pipeline_parallel_size=4", "train.global_batch_size=8", world_size=16)
+    )
+    fullest = max(stages, key=lambda rank: rank.peak + rank.beside_graph)
+    assert len({rank.beside_graph for rank in stages}) > 1
+    assert needed_gib(stages) == needed_gib([fullest])

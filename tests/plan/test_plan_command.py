@@ -63,6 +63,23 @@ def test_text_tells_what_is_exchanged_while_products_run(capsys: pytest.CaptureF
     assert "not counted: the traffic that parallel.overlap_tensor_comm hides" in out
 
 
+def test_text_tells_of_cuda_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if nobody is told that a graph would help, where it would not, what it takes, or that it is there."""
+    run = ["experiment=nemotron_nano_12b_v2", "world_size=4", "train.global_batch_size=4"]
+    hint = "a step of train.cuda_graphs=true is planned"
+    assert main(run) == 0
+    assert hint in capsys.readouterr().out
+    assert main([*run, "parallel=data_only"]) == 0
+    assert hint not in capsys.readouterr().out  # the GPU has enough to do
+    assert main([*run, "parallel.overlap_param_gather=true"]) == 0
+    assert hint not in capsys.readouterr().out  # refused
+    assert main([*run, "train.cuda_graphs=true"]) == 0
+    out = capsys.readouterr().out
+    assert hint not in out
+    for fact in ("started as one CUDA graph", "beside the CUDA graph", "not counted: the graph itself"):
+        assert fact in out
+
+
 def test_text_tells_the_parts_of_a_gpt(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the banner keeps a part of the model to itself, or the time is told as if all of it were counted."""
     changes = ["model.qkv_norm=qk", "model.attention_logit_cap=50"]

@@ -58,9 +58,10 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
     assert config.train.recompute.value == (parts[-1] if parts[-1] in ("full", "selective") else "none")
 
 
-# By the command itself on H200s (2026-11-27 and, shared, 2026-11-28, torch 2.11): peak in GiB, and how near it is
-# planned; milliseconds of a step in up to four runs. Why full recomputation is planned 3 % too large, and what the 12B
-# and four ranks in fp8_block hold beside, is not known.
+# By the command itself on H200s (2026-11-27 and, shared, 2026-11-28, torch 2.11), but for the one with graphs and what
+# stands after the first time of a point on four GPUs, which are of a script that took the same steps: peak in GiB, and
+# how near it is planned; milliseconds of a step in up to four runs. Why full recomputation is planned 3 % too large,
+# and what the 12B and four ranks in fp8_block hold beside, is not known.
 MEASURED = {
     "slice_bf16_8k": (94.44, 0.005, [356.5, 361.9, 357.7, 362.2]),
     "slice_fp8_block_8k": (97.83, 0.005, [301.9, 309.3, 300.8, 308.5]),
@@ -75,24 +76,25 @@ MEASURED = {
     "shared2_bf16_8k_overlap": (47.51, 0.01, [725.5]),
     "shared2_fp8_current_8k": (49.17, 0.01, [616.2]),
     "shared2_fp8_current_8k_overlap": (49.17, 0.01, [563.0]),
-    "shared4_bf16_8k": (23.75, 0.01, [416.5]),
+    "shared4_bf16_8k": (23.75, 0.01, [416.5, 409.1]),
     "shared4_bf16_8k_overlap": (23.85, 0.015, [401.9]),
-    "shared4_fp8_block_8k": (25.38, 0.04, [684.4]),
-    "shared4_fp8_block_8k_graphs": (25.10, 0.04, [338.9]),
+    "shared4_fp8_block_8k": (25.38, 0.04, [684.4, 509.8, 522.9]),
+    "shared4_fp8_block_8k_graphs": (25.10, 0.04, [339.0]),
     "shared4_fp8_current_8k": (24.66, 0.015, [622.9]),
     "shared4_fp8_current_8k_overlap": (24.68, 0.015, [605.8]),
 }
 
 
-# What is known to be planned wrong: measured time, by planned. Overlap the planner leaves out; in FP8 four ranks wait
-# for the CPU, which starts more kernels for a split layer than the planner knows of; and where they do not wait, their
-# exchanges, of which FP8 sends fewer bytes, take less than is planned.
+# What is known to be planned wrong: measured time, by planned, least and most. Overlap the planner leaves out. In FP8
+# four ranks wait for the CPU, which starts more kernels for a split layer than the planner knows of. Where they do not
+# wait, some of their exchanges and other kernels run side by side, and the planner adds them up.
 MISSED = {
-    "shared4_fp8_block_8k_graphs": 0.882,
-    "shared4_bf16_8k_overlap": 0.914,
-    "shared4_fp8_block_8k": 1.441,
-    "shared4_fp8_current_8k": 1.351,
-    "shared4_fp8_current_8k_overlap": 1.314,
+    "shared4_bf16_8k": (0.931, 0.947),
+    "shared4_bf16_8k_overlap": (0.914, 0.914),
+    "shared4_fp8_block_8k": (1.074, 1.441),
+    "shared4_fp8_block_8k_graphs": (0.882, 0.882),
+    "shared4_fp8_current_8k": (1.351, 1.351),
+    "shared4_fp8_current_8k_overlap": (1.314, 1.314),
 }
 
 
@@ -107,7 +109,9 @@ def test_a_point_is_planned_as_it_was_measured(name: str, tmp_path: Path) -> Non
     assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(measured_gib, rel=near)
     planned_ms = 1e3 * step_time(plan, plan.batches.segments[0], H200).total
     if name in MISSED:
-        assert measured_ms[0] / planned_ms == pytest.approx(MISSED[name], abs=0.02)
+        least, most = MISSED[name]
+        assert min(measured_ms) / planned_ms == pytest.approx(least, abs=0.02)
+        assert max(measured_ms) / planned_ms == pytest.approx(most, abs=0.02)
         return
     assert planned_ms == pytest.approx(min(measured_ms), rel=0.07)
     assert planned_ms == pytest.approx(max(measured_ms), rel=0.07)
@@ -115,11 +119,6 @@ def test_a_point_is_planned_as_it_was_measured(name: str, tmp_path: Path) -> Non
 
 def test_the_planner_says_what_it_misses() -> None:
     """Fails if the note under a plan has other figures than the comparison."""
-    name = "shared4_bf16_8k"
-    plan = plan_run(planner_points.configure(planner_points.POINTS[name], Path("unused"), ()), 4)
-    bf16 = MEASURED[name][2][0] / (1e3 * step_time(plan, plan.batches.segments[0], H200).total)
-    for ratio in (
-        bf16,
-        *(MISSED[f"shared4_{name}"] for name in ("fp8_block_8k", "fp8_current_8k", "fp8_block_8k_graphs")),
-    ):
+    fp8 = [ratio for name in ("shared4_fp8_block_8k", "shared4_fp8_current_8k") for ratio in MISSED[name]]
+    for ratio in (*MISSED["shared4_bf16_8k"], min(fp8), max(fp8), *MISSED["shared4_fp8_block_8k_graphs"]):
         assert f"{ratio:.2f}" in BEYOND_TWO_GPUS

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from nemotron_train.config.load import load_config
+from nemotron_train.config.schema import Recompute
 from nemotron_train.plan.measured import H100, H200
 from nemotron_train.plan.memory import memory_gib_per_gpu, plan_memory
 from nemotron_train.plan.run_plan import plan_run
@@ -78,6 +79,14 @@ def test_layouts_are_ranked_and_fit() -> None:
     assert rates == sorted(rates, reverse=True)
     assert max(each.memory_gib for each in found.candidates) < 79.6
     assert "needs more than the 79.6 GiB of H100" in dict(found.refused)
+
+
+def test_a_layout_is_not_recomputed_where_that_is_refused() -> None:
+    """Fails if a way to recompute is offered that the run would refuse, or the search ends over one."""
+    graphs = experiment_with(NANO, "train.global_batch_size=8", "train.seq_length=32768", "train.cuda_graphs=true")
+    found = search_layouts(graphs, 8, H100)
+    assert {each.recompute for each in found.candidates} == {Recompute.none, Recompute.selective}
+    assert any("train.recompute=full" in reason for reason, _ in found.refused)
 
 
 BF16 = ("precision.format=bf16", "precision.bf16_first_layers=0", "precision.bf16_last_layers=0")

@@ -89,6 +89,18 @@ def test_graphs_are_refused_where_there_is_no_gpu() -> None:
     check_support(config, CUDA)
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_graphs_are_refused_where_their_memory_would_move(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run starts whose collectives read what the allocator has moved."""
+    config = config_with("train.cuda_graphs=true")
+    monkeypatch.setenv(name, "max_split_size_mb:128,expandable_segments:True")
+    check_support(config_with(), CUDA)
+    with pytest.raises(ConfigError, match=rf"cuda_graphs=true with {name}=\S+expandable_segments:True.*REGISTER=0"):
+        check_support(config, CUDA)
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    check_support(config, CUDA)
+
+
 @pytest.mark.parametrize(("gpus", "fits"), [(1, False), (2, True)])
 def test_overlapped_tensor_communication_stays_within_a_machine(
     gpus: int, fits: bool, monkeypatch: pytest.MonkeyPatch

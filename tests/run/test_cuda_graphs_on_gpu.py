@@ -1,5 +1,6 @@
 """Does a run whose passes are started as a CUDA graph learn the same bits, and does it start them so?"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,12 @@ def config_of(
     )
 
 
-def same_bits(with_it: list[dict[str, Any]], without: list[dict[str, Any]]) -> None:
+def compare(ranks: RankPool, world_size: int, graphed: RunConfig, plain: RunConfig) -> None:
+    # Without graphs first: a process that had one computes on another stream than most.
+    without, with_it = (ranks.run(train, world_size, config)[0] for config in (plain, graphed))
     for key, number in (("loss", STEPS), ("grad_norm", STEPS), ("eval_loss", 3)):
         found, expected = ([record[key] for record in records if key in record] for records in (with_it, without))
-        assert len(found) == number
+        assert len(expected) == number
         assert found == expected, key
 
 
@@ -64,6 +67,7 @@ def same_bits(with_it: list[dict[str, Any]], without: list[dict[str, Any]]) -> N
         *((format, 1, {}, Recompute.none) for format in ("fp8_block_weights", "fp8_current_weights")),
         ("fp8_block", 1, {}, Recompute.selective),
         ("bf16", 2, {}, Recompute.none),
+        ("fp8_block", 2, {"overlap_grad_reduce": False}, Recompute.none),
         ("fp8_block", 2, TP2, Recompute.none),
         ("fp8_delayed", 2, TP2, Recompute.none),
         ("fp8_current", 2, {**TP2, "overlap_tensor_comm": True}, Recompute.none),
@@ -85,15 +89,22 @@ def test_a_run_learns_the_same_bits(
     gradients that it should overwrite, or keeps the batch size of the run's beginning."""
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
-    with_it, without = (
-        ranks.run(
-            train,
-            world_size,
-            config_of(corpus, tmp_path / str(graphs), precision, parallel, graphs=graphs, recompute=recompute),
-        )[0]
+    graphed, plain = (
+        config_of(corpus, tmp_path / str(graphs), precision, parallel, graphs=graphs, recompute=recompute)
         for graphs in (True, False)
     )
-    same_bits(with_it, without)
+    compare(ranks, world_size, graphed, plain)
+
+
+def test_samples_of_another_length_take_another_graph(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if longer samples go through the graph of the shorter ones."""
+    configs = []
+    for graphs in (True, False):
+        config = config_of(corpus, tmp_path / str(graphs), "fp8_block", {}, graphs=graphs, batch_schedule=[])
+        first, second = config.data.phases
+        second = replace(second, start_tokens=5 * 8 * LENGTH, seq_length=2 * LENGTH)
+        configs.append(replace(config, data=replace(config.data, phases=[first, second])))
+    compare(ranks, 1, *configs)
 
 
 def test_a_stopped_run_goes_on(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -103,8 +114,8 @@ def test_a_stopped_run_goes_on(ranks: RankPool, corpus: Path, tmp_path: Path) ->
         for graphs in (True, False)
     )
     ranks.run(train, 1, stopped, STOP)
-    found, expected = (
-        [record["loss"] for record in ranks.run(train, 1, config)[0] if "loss" in record] for config in (stopped, whole)
+    expected, found = (
+        [record["loss"] for record in ranks.run(train, 1, config)[0] if "loss" in record] for config in (whole, stopped)
     )
     assert len(expected) == STEPS
     assert found == expected
@@ -124,8 +135,8 @@ def started_by_the_cpu(config: RunConfig) -> int:
 
 def test_passes_are_started_at_once(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     """Fails if a step's kernels are still started one by one."""
-    with_it, without = (
+    without, with_it = (
         ranks.run(started_by_the_cpu, 1, config_of(corpus, tmp_path, "fp8_block", {}, graphs=graphs))[0]
-        for graphs in (True, False)
+        for graphs in (False, True)
     )
     assert with_it < 100 < 500 < without
