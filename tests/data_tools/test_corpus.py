@@ -37,6 +37,7 @@ def installation(root: Path, *, stdlib_tests: bool = True, site_tests: bool = Tr
     add_file(root / "lib/site-packages/foreign.py", module_text("foreign"))
     add_file(root / "lib/encodings/table.py", module_text("table"))
     add_file(root / "site/package-1.0.dist-info/METADATA", "Name: package\n\n" + "A package that tells stories. " * 20)
+    add_file(root / "site/nemotron_train-1.0.dist-info/METADATA", "Name: own\n\n" + "What changes every day. " * 20)
     return Roots(stdlib=root / "lib", site=(root / "site",))
 
 
@@ -83,14 +84,15 @@ def test_a_path_that_one_source_trains_on_is_not_held_out_by_the_next() -> None:
 
 
 def test_documents_of_the_sources_come_from_where_they_should(tmp_path: Path) -> None:
-    """Fails if tests count as code, tables or foreign packages as the standard library, or a header as prose."""
+    """Fails if tests count as code, tables or foreign packages as the standard library, or a header as prose; or if
+    this package's own README is among the texts, whose next line would make another corpus."""
     roots = installation(tmp_path)
     assert {document.path for document in find_modules(roots)} == {f"stdlib/module{i}.py" for i in range(60)}
     assert {document.path for document in find_tests(roots)} == {f"stdlib/test/test_module{i}.py" for i in range(60)}
     prose = {document.path: document.text for document in find_prose(roots, enough_bytes=10_000_000)}
     assert set(prose) >= {f"site/package/part{i}.py" for i in range(60)}
     assert prose["site/package-1.0.dist-info/METADATA"].startswith("A package that tells stories.")
-    assert not any("test_" in path for path in prose)
+    assert not any("test_" in path or "nemotron_train" in path for path in prose)
 
 
 def test_a_python_without_its_tests_takes_those_of_packages(tmp_path: Path) -> None:
