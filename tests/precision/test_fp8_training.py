@@ -8,13 +8,13 @@ import pytest
 from nemotron_train.config.schema import PrecisionFormat
 from tests.precision.small_fp8 import FORMATS, TP2_SP, fp8_config
 from tests.ranks import RankPool
-from tests.small_runs import read_metrics, train
+from tests.small_runs import logged, read_metrics, train
 
 STEPS = 20
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+    return logged("loss", read_metrics(run_dir))
 
 
 def curve(ranks: RankPool, corpus: Path, run_dir: Path, format: PrecisionFormat) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from nemotron_train.config.schema import PrecisionFormat
 from tests.ranks import RankPool
 from tests.run.test_gpu_runs import SIZES
-from tests.small_runs import small_config, train
+from tests.small_runs import logged, small_config, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
@@ -39,5 +39,5 @@ def test_losses_follow_those_of_one_gpu(
             parallel=parallel,
             train={"seq_length": 128},
         )
-        curves.append([record["loss"] for record in ranks.run(train, number, config)[0] if "loss" in record])
+        curves.append(logged("loss", ranks.run(train, number, config)[0]))
     assert curves[1] == pytest.approx(curves[0], rel=1e-4 if precision == "fp32" else 2e-2)

@@ -14,7 +14,7 @@ from nemotron_train.step import run_all
 from tests.engine.live import live_run, micro_batches, random_samples
 from tests.ranks import RankPool
 from tests.run.test_gpu_runs import SIZES
-from tests.small_runs import small_config, train
+from tests.small_runs import logged, small_config, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -55,7 +55,7 @@ def compare(ranks: RankPool, world_size: int, graphed: RunConfig, plain: RunConf
     # Without graphs first: a process that had one computes on another stream than most.
     without, with_it = (ranks.run(train, world_size, config)[0] for config in (plain, graphed))
     for key, number in (("loss", STEPS), ("grad_norm", STEPS), ("eval_loss", 3)):
-        found, expected = ([record[key] for record in records if key in record] for records in (with_it, without))
+        found, expected = (logged(key, records) for records in (with_it, without))
         assert len(expected) == number
         assert found == expected, key
 
@@ -114,9 +114,7 @@ def test_a_stopped_run_goes_on(ranks: RankPool, corpus: Path, tmp_path: Path) ->
         for graphs in (True, False)
     )
     ranks.run(train, 1, stopped, STOP)
-    expected, found = (
-        [record["loss"] for record in ranks.run(train, 1, config)[0] if "loss" in record] for config in (whole, stopped)
-    )
+    expected, found = (logged("loss", ranks.run(train, 1, config)[0]) for config in (whole, stopped))
     assert len(expected) == STEPS
     assert found == expected
 

@@ -21,7 +21,7 @@ from nemotron_train.trainer import build_runtime
 from tests.engine.live import live_groups, live_run, micro_batches, random_samples
 from tests.ranks import RankPool
 from tests.run.test_gpu_runs import SIZES
-from tests.small_runs import small_config, train
+from tests.small_runs import logged, small_config, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -54,8 +54,7 @@ def config_of(
 
 
 def curve(ranks: RankPool, config: RunConfig, world_size: int = 1, stop: int | None = None) -> list[float]:
-    records = ranks.run(train, world_size, config, stop)[0]
-    return [record["loss"] for record in records if "loss" in record]
+    return logged("loss", ranks.run(train, world_size, config, stop)[0])
 
 
 def masters(run: Runtime) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nemotron_train.config.schema import PrecisionFormat, PrimaryWeights, RunConfig
-from tests.small_runs import read_metrics, small_config, train, write_corpus
+from tests.small_runs import logged, read_metrics, small_config, train, write_corpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -98,7 +98,7 @@ class Runs:
         assert not any(codes), codes
 
     def losses(self, name: str) -> list[float]:
-        found = [record["loss"] for record in read_metrics(self.folder / name) if "loss" in record]
+        found = logged("loss", read_metrics(self.folder / name))
         assert len(found) == STEPS
         return found
 

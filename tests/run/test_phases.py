@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_train.config.schema import BatchStep, DocumentBoundary, PhaseConfig, RunConfig, SourceWeight
 from tests.ranks import RankPool
-from tests.small_runs import BATCH, SEQ, read_metrics, refusal, small_config, train
+from tests.small_runs import BATCH, SEQ, logged, read_metrics, refusal, small_config, train
 
 STEP = SEQ * BATCH
 WEIGHTS = [SourceWeight("a", 0.6), SourceWeight("b", 0.4)]
@@ -32,7 +32,7 @@ def phased(corpus: Path, run_dir: Path, **sections: dict[str, Any]) -> RunConfig
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+    return logged("loss", read_metrics(run_dir))
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
 from nemotron_train.data.ledger import samples_of_step
 from nemotron_train.trainer import Trainer
 from tests.ranks import RankPool
-from tests.small_runs import read_metrics, refusal, small_config, train
+from tests.small_runs import logged, read_metrics, refusal, small_config, train
 
 STEPS = 12
 BEGUN_PHASE = r"data\.phases\[0\]\.weights\[a\]\.weight: 0\.7 then, 0\.2 now"
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+    return logged("loss", read_metrics(run_dir))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from nemotron_train.step import run_all
 from tests.engine.live import Arrays, gradients_of, live_run, micro_batches, random_samples
 from tests.ranks import RankPool
 from tests.run.test_gpu_runs import SIZES
-from tests.small_runs import small_config, train
+from tests.small_runs import logged, small_config, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
@@ -78,7 +78,7 @@ def test_losses_are_those_without_it(
     # Two ranks' parts add up to the same in any order; of four, another order is another rounding, which steps enlarge.
     near = 2e-3 if parallel["tensor_parallel_size"] == 2 else 1e-2
     for key, number in (("loss", STEPS), ("eval_loss", 2)):
-        found, expected = ([record[key] for record in records if key in record] for records in (with_it, without))
+        found, expected = (logged(key, records) for records in (with_it, without))
         assert len(found) == number
         assert found == pytest.approx(expected, rel=near)
 
@@ -90,10 +90,7 @@ def test_a_stopped_run_goes_on_bitwise(ranks: RankPool, corpus: Path, tmp_path: 
         for name in ("straight", "stopped")
     )
     ranks.run(train, 2, stopped, STOP)
-    gone_on, whole = (
-        [record["loss"] for record in ranks.run(train, 2, config)[0] if "loss" in record]
-        for config in (stopped, straight)
-    )
+    gone_on, whole = (logged("loss", ranks.run(train, 2, config)[0]) for config in (stopped, straight))
     assert len(whole) == STEPS
     assert gone_on == whole
 
