@@ -75,7 +75,6 @@ def run(arguments: Sequence[str], me: LaunchedRank) -> int:
         stop.listen()  # not before all ranks have met: until then a signal ends a rank, instead of leaving it to wait
         runtime = build_runtime(plan, platform, groups)
         finished = Trainer(runtime, data, stop, is_reporter=me.rank == 0).train()
-        runtime.close()
     return 0 if finished else EXIT_REQUEUE
 
 

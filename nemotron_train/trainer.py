@@ -65,7 +65,7 @@ def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
     config = plan.config
     ops, parts = best_operations(platform.device, weight_dtype(config)), choose_layer_parts(plan, platform)
     logger.info("Layers: %s. Operations: %s.", parts.name, ops.name)
-    captured = CapturedPasses() if config.train.cuda_graphs else None
+    captured = CapturedPasses(config.run.seed) if config.train.cuda_graphs else None
     transformer_config = build_transformer_config(plan, ops, parts)
     chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
     wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)
@@ -117,9 +117,11 @@ class Trainer:
                 progress.consumed_tokens,
                 self.data.eod_id,
             ) as loader:
-                return self.take_steps(progress, loader, writers)
+                finished = self.take_steps(progress, loader, writers)
         finally:
             writers.close()
+        self.run.close()
+        return finished
 
     def resume(self) -> Progress:
         """Load the checkpoint that `checkpoint.resume` names; without one, start from nothing. A damaged one of the

@@ -116,7 +116,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> list[dict[str, An
     Args:
         stop_after: ask for a stop, as a signal would, when so many steps are taken.
     """
-    with _trainer(config) as trainer:
+    with trainer_of(config) as trainer:
         trainer.stop_after = stop_after
         trainer.train()
     return read_metrics(Path(config.run.dir)) if launched_rank().rank == 0 else []
@@ -124,7 +124,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> list[dict[str, An
 
 def refusal(config: RunConfig) -> str:
     """What training says that refuses to begin; "trained" if it does not. A job that raises would end the pool."""
-    with _trainer(config) as trainer:
+    with trainer_of(config) as trainer:
         try:
             trainer.train()
         except NemotronTrainError as error:
@@ -133,7 +133,7 @@ def refusal(config: RunConfig) -> str:
 
 
 @contextmanager
-def _trainer(config: RunConfig) -> Iterator["_StoppedTrainer"]:
+def trainer_of(config: RunConfig) -> Iterator["_StoppedTrainer"]:
     me = launched_rank()
     plan = plan_run(config, me.world_size)
     data = open_run_data(config)
@@ -143,7 +143,6 @@ def _trainer(config: RunConfig) -> Iterator["_StoppedTrainer"]:
     with held as groups, user_buffers(plan):
         run = build_runtime(plan, platform, groups)
         yield _StoppedTrainer(run, data, StopRequest(), is_reporter=me.rank == 0)
-        run.close()
 
 
 class _StoppedTrainer(Trainer):
@@ -157,3 +156,8 @@ class _StoppedTrainer(Trainer):
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(key: str, records: list[dict[str, Any]]) -> list[Any]:
+    """The values of a key in the records that have it: evaluations have no `loss`, steps no `eval_loss`."""
+    return [record[key] for record in records if key in record]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import get_all_rng_states
+from megatron.core.tensor_parallel.random import get_all_rng_states, model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from nemotron_train.data.batch import Batch
@@ -37,7 +37,10 @@ class CapturedPasses:
     cannot be captured, and a gradient is accumulated on the stream on which its parameter was first used.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
+        # Recomputation saves and restores the random generators, which nothing draws from. A graph takes a kind of its
+        # own.
+        model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=True, force_reset_rng=True)
         self._outer = torch.cuda.current_stream()
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(self._outer)
@@ -92,7 +95,7 @@ def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor) ->
     """
     logger.info("Capturing the passes of a step of %d micro-batches as a CUDA graph.", len(batches))
     graph = torch.cuda.CUDAGraph()
-    for generator in get_all_rng_states().values():  # recomputation saves and restores them
+    for generator in get_all_rng_states().values():
         graph.register_generator_state(generator)
     try:
         # Errors of this thread alone: another one watches over collectives, and may call CUDA meanwhile.

@@ -56,9 +56,9 @@ def process_groups(
         # Gloo copies of the groups are for NCCL runs; on the CPU the groups are gloo's already.
         create_gloo_process_groups=platform.is_cuda,
     )
-    # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators,
-    # in a CUDA graph too, which takes no others. Megatron-Core would keep the kind that a process had first.
-    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=platform.is_cuda, force_reset_rng=True)
+    # Nothing in this model draws random numbers while it trains; recomputation still saves and restores the generators.
+    # Reset, because Megatron-Core keeps the kind of an earlier run in this process, perhaps that for CUDA graphs.
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     yield ProcessGroupCollection.use_mpu_process_groups()
     stop_torch_distributed()
 

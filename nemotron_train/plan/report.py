@@ -23,7 +23,7 @@ MEMORY_SOURCE = (
     "were not measured"
 )
 MEMORY_SOURCE_FP32 = "derived for layers that keep what Transformer Engine's do; nothing was measured in float32"
-WORTH_SAYING = 0.02  # of a step
+WORTH_SAYING = 0.02  # of a step: what is gained by less is lost in what the planner does not know
 OPTIMIZER_FILE_BYTES = 12  # master weight and both moments of a parameter, in float32
 
 
@@ -67,7 +67,7 @@ def report_json(plan: RunPlan, machine: Machine) -> dict[str, Any]:
         "times_from": machine.gpu.source,
         "memory_gib_per_gpu": round(memory_gib_per_gpu(ranks), 2),
         "memory_gib_of_gpu": machine.gpu.memory_gib,
-        "memory_gib_needed": needed_gib(ranks),
+        "memory_gib_needed": round(needed_gib(ranks), 2),
         "fits": needed_gib(ranks) <= machine.gpu.memory_gib,
         "memory_by_pipeline_rank": [rank.in_gib() for rank in ranks],
         "step_seconds": timed and timed.first_step.total,

@@ -2,7 +2,7 @@
 
 What it rests on: times of single layers on one and two H200s (`tables/h200.json`); `--probe` writes such a table for
 another card. Eleven configurations of the 12B and its 18-layer slice on one and two H200s took what it says within 7 %
-(`benchmarks/README.md`), and one of four on four: `BEYOND_TWO_GPUS`. Pipelines, context parallelism and other models
+(`benchmarks/README.md`); for four GPUs see `BEYOND_TWO_GPUS`. Pipelines, context parallelism and other models
 have not been measured: there it is arithmetic. Left out: what `parallel.overlap_tensor_comm` hides (3 to 9 % of a step,
 where it was measured), and adding up the gradient of tied embeddings over first and last stage.
 """

@@ -1,10 +1,12 @@
-"""Which steps run, which are captured and which are replayed, and on what?
+"""Which steps run, which are captured and which are replayed, and on what; and what of a run goes that way?
 
 On the CPU, with a stand-in for a graph: it runs the passes again, on the memory it was captured with.
 `tests/run/test_cuda_graphs_on_gpu.py` has real ones.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.batch import Batch
 from nemotron_train.engine import captured_passes
 from nemotron_train.engine.captured_passes import CapturedPasses
+from nemotron_train.loss import LossReport
+from tests.ranks import RankPool
+from tests.small_runs import logged, read_metrics, small_config, trainer_of
 
 
 class Log(list[str]):
@@ -46,6 +52,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     for name in ("set_stream", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     monkeypatch.setattr(captured_passes, "capture", log.capture)
+    monkeypatch.setattr(captured_passes, "model_parallel_cuda_manual_seed", lambda seed, **options: None)
     return log
 
 
@@ -63,7 +70,7 @@ def step(captured: CapturedPasses, log: Log, micro_batches: int, seq_length: int
 def test_steps_of_the_same_shapes_share_a_graph(log: Log) -> None:
     """Fails if a graph is captured before its kernels have run, used for other shapes, kept beside the next one, or
     reads another step's tokens."""
-    captured = CapturedPasses()
+    captured = CapturedPasses(seed=1)
     assert [step(captured, log, 2, 8) for _ in range(4)] == [["run"], ["capture", "replay"], ["replay"], ["replay"]]
     assert [step(captured, log, 3, 8) for _ in range(2)] == [["reset", "run"], ["capture", "replay"]], "larger batches"
     assert [step(captured, log, 3, 16) for _ in range(2)] == [["reset", "run"], ["capture", "replay"]], "longer samples"
@@ -72,7 +79,7 @@ def test_steps_of_the_same_shapes_share_a_graph(log: Log) -> None:
 
 def test_a_closed_run_holds_no_graph(log: Log) -> None:
     """Fails if process groups would end while a graph holds their communicators."""
-    captured = CapturedPasses()
+    captured = CapturedPasses(seed=1)
     for _ in range(2):
         step(captured, log, 2, 8)
     log.clear()
@@ -80,6 +87,35 @@ def test_a_closed_run_holds_no_graph(log: Log) -> None:
     assert log == ["reset"]
     captured.close()
     assert log == ["reset"]
+
+
+class Counted:
+    """Stands for captured passes in a run: counts the steps that come to it, and runs them as ever."""
+
+    steps, closed = 0, False
+
+    def run(self, passes: Any, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[LossReport]:
+        assert not self.closed
+        self.steps += 1
+        return passes(batches, tokens_in_step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def train_counted(config: RunConfig) -> tuple[int, bool, list[float]]:
+    counted = Counted()
+    with trainer_of(config) as trainer:
+        trainer.run = replace(trainer.run, captured=counted)  # type: ignore[arg-type]
+        trainer.train()
+    return counted.steps, counted.closed, logged("eval_loss", read_metrics(Path(config.run.dir)))
+
+
+def test_steps_are_captured_and_evaluations_are_not(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if training goes past its graph, an evaluation goes through it, or it outlives the run."""
+    config = small_config(corpus, tmp_path, steps=8, train={"eval_every_steps": 4})
+    ((steps, closed, evaluations),) = ranks.run(train_counted, 1, config)
+    assert (steps, closed, len(evaluations)) == (8, True, 2)
 
 
 def test_a_failed_capture_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
