@@ -65,7 +65,9 @@ def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
     config = plan.config
     ops, parts = best_operations(platform.device, weight_dtype(config)), choose_layer_parts(plan, platform)
     logger.info("Layers: %s. Operations: %s.", parts.name, ops.name)
-    captured = CapturedPasses(config.run.seed) if config.train.cuda_graphs else None
+    captured = None
+    if config.train.cuda_graphs:
+        captured = CapturedPasses(config.run.seed, in_pipeline=plan.layout.pipeline > 1)
     transformer_config = build_transformer_config(plan, ops, parts)
     chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
     wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)

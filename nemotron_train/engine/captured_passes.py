@@ -1,11 +1,17 @@
-"""A step's forward and backward passes as one CUDA graph: captured once, and from then on started by a single call.
+"""A step's forward and backward passes as CUDA graphs: captured once, and from then on started by a few calls.
 
 Where kernels are small (few tokens, a layer shared by many ranks, FP8) the GPU runs them faster than a CPU starts them.
 A graph starts itself, collectives included, and runs the same kernels on the same memory.
+
+Without a pipeline a rank takes one micro-batch after the other, and only the first and the last differ from the rest:
+the first quantises weights and overwrites gradients, the last reduces them. Three graphs do for any number of
+micro-batches. A pipeline's schedule interleaves them, and its graph holds the whole step.
 """
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,94 +24,142 @@ from nemotron_train.data.batch import Batch
 logger = logging.getLogger(__name__)
 
 Passes = Callable[[Sequence[Batch], Tensor], list[Any]]  # micro-batches on the device, real tokens -> reports
+DIFFERENT = 3  # micro-batches of a step without a pipeline: the first, one between and the last
 
 
 @dataclass(frozen=True)
-class _Capture:
-    """A graph, and the memory it reads its inputs from and leaves its results in."""
+class _Part:
+    """A graph, the micro-batches that it reads and the reports that it leaves."""
 
     graph: torch.cuda.CUDAGraph
     batches: Sequence[Batch]
-    tokens_in_step: Tensor
-    reports: list[Any]
+    reports: Sequence[Any]
 
 
 class CapturedPasses:
-    """The graph of the passes in use.
+    """The graphs of the passes in use.
 
     Make it before the model. From then on this rank computes on a stream of its own, until `close`: the default stream
     cannot be captured, and a gradient is accumulated on the stream on which its parameter was first used.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, in_pipeline: bool) -> None:
         # Recomputation saves and restores the random generators, which nothing draws from. A graph takes a kind of its
         # own.
         model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=True, force_reset_rng=True)
+        self._in_pipeline = in_pipeline
         self._outer = torch.cuda.current_stream()
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(self._outer)
         torch.cuda.set_stream(self._stream)
         self._warmed_up: list[torch.Size] | None = None
-        self._capture: _Capture | None = None
+        self._parts: list[_Part] = []
+        self._tokens_in_step: Tensor | None = None
 
     def run(self, passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[Any]:
-        """Take a step's micro-batches, in host memory, through `passes`.
+        """Take a step's micro-batches, in host memory, through `passes`; returns their reports.
 
-        The first step of as many micro-batches of these shapes runs as ever, because kernels tune themselves and make
-        their workspaces; the second is captured.
-
-        Returns:
-            the reports of `passes`. The next call overwrites them.
+        The first step of these shapes runs as ever, because kernels tune themselves and make their workspaces; the
+        second is captured.
         """
-        shapes = [batch.tokens_BS.shape for batch in batches]
         on_device = [batch.to(tokens_in_step.device) for batch in batches]
+        captured = on_device if self._in_pipeline else on_device[: DIFFERENT - 1] + on_device[DIFFERENT - 1 :][-1:]
+        shapes = [batch.tokens_BS.shape for batch in captured]
         if shapes != self._warmed_up:
             self.release()
             self._warmed_up = shapes
             return passes(on_device, tokens_in_step)
-        if self._capture is None:
-            self._capture = capture(passes, on_device, tokens_in_step.clone())
-        kept = self._capture
-        kept.tokens_in_step.copy_(tokens_in_step)
-        for old, new in zip(kept.batches, on_device, strict=True):
-            old.copy_from(new)
-        kept.graph.replay()
-        return kept.reports
+        if self._tokens_in_step is None:
+            self._tokens_in_step = tokens_in_step.clone()
+            # Copies: a micro-batch of this step is read when its graph runs, which may be after another's.
+            captured = copy.deepcopy(captured)
+            self._parts = capture(passes, captured, self._tokens_in_step, one_each=not self._in_pipeline)
+        self._tokens_in_step.copy_(tokens_in_step)
+        reports: list[Any] = []
+        new = iter(on_device)
+        for part in self._in_order(len(on_device)):
+            for batch in part.batches:
+                batch.copy_from(next(new))
+            part.graph.replay()
+            reports += copy.deepcopy(part.reports)  # before a graph that runs again overwrites them
+        return reports
+
+    def _in_order(self, micro_batches: int) -> list[_Part]:
+        """Return the parts of a step of so many micro-batches."""
+        if len(self._parts) < DIFFERENT or self._in_pipeline:
+            return self._parts
+        first, between, last = self._parts
+        return [first, *[between] * (micro_batches - 2), last]
 
     def release(self) -> None:
-        """Give the graph's memory back, and its hold on the communicators that it calls."""
-        if self._capture is not None:
+        """Give the graphs' memory back, and their hold on the communicators that they call."""
+        if self._parts:
             torch.cuda.synchronize()
-            self._capture.graph.reset()
-            self._capture = None
+            for part in self._parts:
+                part.graph.reset()
+        self._parts, self._tokens_in_step = [], None
 
     def close(self) -> None:
-        """Release the graph, and compute on the stream that was used before. Process groups end after it: they wait
+        """Release the graphs, and compute on the stream that was used before. Process groups end after it: they wait
         for graphs that hold their communicators."""
         self.release()
         self._outer.wait_stream(self._stream)
         torch.cuda.set_stream(self._outer)
 
 
-def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor) -> _Capture:
+class _Watched(Sequence[Batch]):
+    """Micro-batches that say when the next one is taken."""
+
+    def __init__(self, batches: Sequence[Batch], before_next: Callable[[], None]) -> None:
+        self._batches, self._before_next = batches, before_next
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, batch in enumerate(self._batches):
+            if index:
+                self._before_next()
+            yield batch
+
+
+def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor, *, one_each: bool) -> list[_Part]:
     """Let `passes` say what they do, without doing it.
+
+    Args:
+        one_each: a graph for each micro-batch; `passes` must be done with one when they take the next.
 
     Raises:
         RuntimeError: something in them cannot be captured.
     """
-    logger.info("Capturing the passes of a step of %d micro-batches as a CUDA graph.", len(batches))
-    graph = torch.cuda.CUDAGraph()
-    for generator in get_all_rng_states().values():
-        graph.register_generator_state(generator)
-    try:
+    logger.info("Capturing the passes of %d micro-batches as CUDA graphs.", len(batches))
+    graphs: list[torch.cuda.CUDAGraph] = []
+    pool = torch.cuda.graph_pool_handle()  # shared: graphs run one after the other
+
+    def begin_graph() -> None:
+        capturing.close()
+        graph = torch.cuda.CUDAGraph()
+        for generator in get_all_rng_states().values():  # recomputation saves and restores them
+            graph.register_generator_state(generator)
         # Errors of this thread alone: another one watches over collectives, and may call CUDA meanwhile.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            reports = passes(batches, tokens_in_step)
+        stream = torch.cuda.current_stream()
+        capturing.enter_context(torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"))
+        graphs.append(graph)
+
+    try:
+        with ExitStack() as capturing:
+            begin_graph()  # before the schedule makes anything that later graphs use
+            reports = passes(_Watched(batches, begin_graph) if one_each else batches, tokens_in_step)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            f"The passes of a step cannot be captured as a CUDA graph: {error}. train.cuda_graphs=false runs them "
+            f"The passes of a step cannot be captured as CUDA graphs: {error}. train.cuda_graphs=false runs them "
             "without."
         ) from error
-    return _Capture(graph, batches, tokens_in_step, reports)
+    if not one_each:
+        return [_Part(graphs[0], batches, reports)]
+    return [_Part(*part) for part in zip(graphs, [[b] for b in batches], [[r] for r in reports], strict=True)]

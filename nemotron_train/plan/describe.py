@@ -141,7 +141,7 @@ def _precision_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
     batches = plan.batches
-    started = ", started as one CUDA graph" if plan.config.train.cuda_graphs else ""
+    started = ", started as CUDA graphs" if plan.config.train.cuda_graphs else ""
     rows = [
         (
             "step",

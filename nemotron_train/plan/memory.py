@@ -3,8 +3,8 @@
 Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s within 4 %: 19 points of
 the 12B and its 18-layer slice on one to four GPUs, in bf16 and FP8, of 4k to 16k tokens, with and without recomputation
 (`benchmarks/README.md`); and Megatron-Core's own 12B, where AdamW's step is the fullest moment. Pipelines and context
-parallelism have not been measured, and what is in none of the sums below (user buffers, what a CUDA graph leaves to
-nobody else) is arithmetic. A graph's own size is not counted.
+parallelism have not been measured, and what is in none of the sums below (user buffers, what CUDA graphs leave to
+nobody else) is arithmetic. The graphs themselves are not counted.
 """
 
 from collections import Counter
@@ -57,7 +57,7 @@ class RankMemory:
     optimizer_working: int  # of AdamW's step, when there are no activations
     # In none of the sums:
     user_buffers: int  # what tensor-parallel ranks exchange through (engine/user_buffers.py)
-    beside_graph: int  # of AdamW and evaluation, which cannot use what a CUDA graph keeps for its passes
+    beside_graphs: int  # of AdamW and evaluation, which cannot use what CUDA graphs keep for the passes
 
     @property
     def held(self) -> int:
@@ -101,8 +101,8 @@ def outside_torch_gib(ranks: Sequence[RankMemory]) -> float:
 
 
 def needed_gib(ranks: Sequence[RankMemory]) -> float:
-    """Return what a GPU must have: the peak, what a CUDA graph leaves to nobody else, and what torch does not count."""
-    return outside_torch_gib(ranks) + max(rank.peak + rank.beside_graph for rank in ranks) / GIB
+    """Return what a GPU must have: the peak, what CUDA graphs leave to nobody else, and what torch does not count."""
+    return outside_torch_gib(ranks) + max(rank.peak + rank.beside_graphs for rank in ranks) / GIB
 
 
 def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length: int, micro_batches: int) -> RankMemory:
@@ -137,7 +137,7 @@ def _rank_memory(plan: RunPlan, rank: int, gemms: Sequence[_Weight], seq_length:
         working=working,
         optimizer_working=step,
         user_buffers=_user_buffers(plan, seq_length),
-        beside_graph=max(step, working) if config.train.cuda_graphs else 0,
+        beside_graphs=max(step, working) if config.train.cuda_graphs else 0,
     )
 
 

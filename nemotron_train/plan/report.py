@@ -138,13 +138,13 @@ def _phase_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def _memory_rows(plan: RunPlan, ranks: list[RankMemory], gpu: Gpu) -> list[tuple[str, str]]:
-    fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].peak + ranks[rank].beside_graph)
+    fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].peak + ranks[rank].beside_graphs)
     parts = ranks[fullest].in_gib()
     verdict = "fits" if needed_gib(ranks) <= gpu.memory_gib else "DOES NOT FIT"
-    counted = {name: size for name, size in parts.items() if name not in ("peak", "user_buffers", "beside_graph")}
+    counted = {name: size for name, size in parts.items() if name not in ("peak", "user_buffers", "beside_graphs")}
     held = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in counted.items() if size)
     when = "in AdamW's step" if ranks[fullest].forward_backward_peak < ranks[fullest].peak else "in a backward pass"
-    beside = f"{parts['beside_graph']:.1f} beside the CUDA graph, " if ranks[fullest].beside_graph else ""
+    beside = f"{parts['beside_graphs']:.1f} beside the CUDA graphs, " if ranks[fullest].beside_graphs else ""
     rows = [
         (
             "memory",
@@ -154,7 +154,8 @@ def _memory_rows(plan: RunPlan, ranks: list[RankMemory], gpu: Gpu) -> list[tuple
         ("", held),
     ]
     if beside:
-        rows.append(("", "not counted: the graph itself, which grows with layers and micro-batches"))
+        grow = "layers and micro-batches" if len(ranks) > 1 else "layers"
+        rows.append(("", f"not counted: the graphs themselves, which grow with {grow}"))
     if len(ranks) > 1:
         peaks = ", ".join(f"{rank.peak / GIB:.1f}" for rank in ranks)
         rows.append(("", f"rank {fullest} of the pipeline's; the peak of each: {peaks} GiB"))

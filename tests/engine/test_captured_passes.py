@@ -1,10 +1,10 @@
-"""Which steps run, which are captured and which are replayed, and on what; and what of a run goes that way?
+"""Which micro-batches run, which are captured and which are replayed, and on what; and what of a run goes that way?
 
-On the CPU, with a stand-in for a graph: it runs the passes again, on the memory it was captured with.
-`tests/run/test_cuda_graphs_on_gpu.py` has real ones.
+On the CPU, with stand-ins for CUDA: a graph keeps what is done while it is captured, and does it when it is replayed.
+`tests/run/test_cuda_graphs_on_gpu.py` has the real ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,44 +19,81 @@ from nemotron_train.data.batch import Batch
 from nemotron_train.engine import captured_passes
 from nemotron_train.engine.captured_passes import CapturedPasses
 from nemotron_train.loss import LossReport
+from nemotron_train.step import run_all
+from tests.engine.live import live_run, micro_batches, random_samples
 from tests.ranks import RankPool
 from tests.small_runs import logged, read_metrics, small_config, trainer_of
 
 
+class Graph:
+    def __init__(self, log: "Log") -> None:
+        self.log, self.work = log, list[Callable[[], None]]()
+        self.name = f"graph {log.graphs}"
+        log.graphs += 1
+
+    def replay(self) -> None:
+        self.log.append(self.name)
+        for work in self.work:
+            work()
+
+    def reset(self) -> None:
+        self.log.append(f"reset {self.name}")
+
+
 class Log(list[str]):
-    """What happened, and passes and a capture that write it down."""
+    """What happened, and passes that write it down. Each report is the sum of a micro-batch's tokens and of the real
+    tokens of its step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs = 0
+        self.capturing: Graph | None = None
 
     def passes(self, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[Tensor]:
-        self.append("run")
-        return [batch.tokens_BS.sum() + tokens_in_step for batch in batches]
+        self.append("capture" if self.capturing else "run")
+        return [self.report(batch, tokens_in_step) for batch in batches]
 
-    def capture(self, passes: Any, batches: Sequence[Batch], tokens_in_step: Tensor) -> Any:
-        self.append("capture")
-        reports = [torch.zeros((), dtype=torch.int64) for _ in batches]
+    def report(self, batch: Batch, tokens_in_step: Tensor) -> Tensor:
+        report = torch.zeros((), dtype=torch.int64)
 
-        def replay() -> None:
-            self.append("replay")
-            for report, batch in zip(reports, batches, strict=True):
-                report.copy_(batch.tokens_BS.sum() + tokens_in_step)
+        def work() -> None:
+            report.copy_(batch.tokens_BS.sum() + tokens_in_step)
 
-        graph = SimpleNamespace(replay=replay, reset=lambda: self.append("reset"))
-        return captured_passes._Capture(graph, batches, tokens_in_step, reports)  # type: ignore[arg-type]
+        if self.capturing is None:
+            work()
+        else:
+            self.capturing.work.append(work)
+        return report
 
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
+
+    class Capturing:
+        def __init__(self, graph: Graph, *options: Any, **more: Any) -> None:
+            self.graph = graph
+
+        def __enter__(self) -> None:
+            assert log.capturing is None, "one graph at a time"
+            log.capturing = self.graph
+
+        def __exit__(self, *error: object) -> None:
+            log.capturing = None
+
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name in ("current_stream", "Stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: stream)
-    for name in ("set_stream", "synchronize"):
+    for name in ("set_stream", "synchronize", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
-    monkeypatch.setattr(captured_passes, "capture", log.capture)
     monkeypatch.setattr(captured_passes, "model_parallel_cuda_manual_seed", lambda seed, **options: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(log))
+    monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    monkeypatch.setattr(captured_passes, "get_all_rng_states", dict)
     return log
 
 
-def step(captured: CapturedPasses, log: Log, micro_batches: int, seq_length: int) -> list[str]:
+def step(captured: CapturedPasses, log: Log, micro_batches: int, seq_length: int = 8) -> list[str]:
     """Take a step of new random tokens; returns what happened."""
     rows = torch.randint(1000, (micro_batches, 2, seq_length))
     batches = [Batch(row, row, torch.ones(2, seq_length), torch.zeros(2, dtype=torch.int64)) for row in rows]
@@ -67,26 +104,57 @@ def step(captured: CapturedPasses, log: Log, micro_batches: int, seq_length: int
     return list(log)
 
 
-def test_steps_of_the_same_shapes_share_a_graph(log: Log) -> None:
-    """Fails if a graph is captured before its kernels have run, used for other shapes, kept beside the next one, or
-    reads another step's tokens."""
-    captured = CapturedPasses(seed=1)
-    assert [step(captured, log, 2, 8) for _ in range(4)] == [["run"], ["capture", "replay"], ["replay"], ["replay"]]
-    assert [step(captured, log, 3, 8) for _ in range(2)] == [["reset", "run"], ["capture", "replay"]], "larger batches"
-    assert [step(captured, log, 3, 16) for _ in range(2)] == [["reset", "run"], ["capture", "replay"]], "longer samples"
-    assert step(captured, log, 2, 8) == ["reset", "run"], "shapes of long ago"
+FIRST, BETWEEN, LAST = "graph 0", "graph 1", "graph 2"
+
+
+def test_a_graph_does_for_all_micro_batches_between_the_first_and_the_last(log: Log) -> None:
+    """Fails if a graph is captured before its kernels have run, holds more than its micro-batch, or leaves one
+    micro-batch the tokens or the report of another; or if a larger batch is captured again."""
+    captured = CapturedPasses(seed=1, in_pipeline=False)
+    assert step(captured, log, 4) == ["run"]
+    assert step(captured, log, 4) == ["capture", FIRST, BETWEEN, BETWEEN, LAST]
+    assert step(captured, log, 4) == [FIRST, BETWEEN, BETWEEN, LAST]
+    assert step(captured, log, 6) == [FIRST, *[BETWEEN] * 4, LAST]
+    assert step(captured, log, 3) == [FIRST, BETWEEN, LAST]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_fewer_micro_batches_have_a_graph_each(log: Log, micro_batches: int) -> None:
+    """Fails if the only micro-batch does not reduce gradients, or a second one is taken for one between."""
+    captured = CapturedPasses(seed=1, in_pipeline=False)
+    graphs = [FIRST, BETWEEN][:micro_batches]
+    assert [step(captured, log, micro_batches) for _ in range(3)] == [["run"], ["capture", *graphs], graphs]
+
+
+def test_a_pipeline_has_one_graph_for_its_step(log: Log) -> None:
+    """Fails if micro-batches that a pipeline interleaves are taken apart, or a graph does for another number."""
+    captured = CapturedPasses(seed=1, in_pipeline=True)
+    assert [step(captured, log, 4) for _ in range(3)] == [["run"], ["capture", "graph 0"], ["graph 0"]]
+    assert [step(captured, log, 6) for _ in range(2)] == [["reset graph 0", "run"], ["capture", "graph 1"]]
+
+
+@pytest.mark.parametrize("in_pipeline", [False, True])
+def test_samples_of_another_length_are_captured_anew(log: Log, in_pipeline: bool) -> None:
+    """Fails if longer samples go through graphs of shorter ones, or those are kept beside."""
+    captured = CapturedPasses(seed=1, in_pipeline=in_pipeline)
+    for _ in range(2):
+        step(captured, log, 2)
+    first, second = step(captured, log, 2, seq_length=16), step(captured, log, 2, seq_length=16)
+    assert first[-1] == "run"
+    assert "reset graph 0" in first
+    assert second[0] == "capture"
 
 
 def test_a_closed_run_holds_no_graph(log: Log) -> None:
     """Fails if process groups would end while a graph holds their communicators."""
-    captured = CapturedPasses(seed=1)
+    captured = CapturedPasses(seed=1, in_pipeline=False)
     for _ in range(2):
-        step(captured, log, 2, 8)
+        step(captured, log, 3)
     log.clear()
     captured.close()
-    assert log == ["reset"]
+    assert log == [f"reset {graph}" for graph in (FIRST, BETWEEN, LAST)]
     captured.close()
-    assert log == ["reset"]
+    assert len(log) == 3
 
 
 class Counted:
@@ -118,25 +186,36 @@ def test_steps_are_captured_and_evaluations_are_not(ranks: RankPool, corpus: Pat
     assert (steps, closed, len(evaluations)) == (8, True, 2)
 
 
-def test_a_failed_capture_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_names_the_option(log: Log) -> None:
     """Fails if a user is told of a capture alone, which no key of the configuration is called."""
 
     def passes(batches: Sequence[Batch], tokens_in_step: Tensor) -> list[Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    class Capturing:
-        def __init__(self, graph: Any, **options: Any) -> None:
-            pass
-
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
-    monkeypatch.setattr(torch.cuda, "graph", Capturing)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(captured_passes, "get_all_rng_states", dict)
     with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing\. train\.cuda_graphs=false"):
-        captured_passes.capture(passes, [], torch.ones(()))
+        captured_passes.capture(passes, [], torch.ones(()), one_each=True)
+
+
+def gradients_when_the_next_is_taken(config: RunConfig) -> list[float]:
+    """The sum of a gradient, before each micro-batch but the first and at the end."""
+    with live_run(config) as run:
+        gradient = run.chunks[0].module.output_layer.weight.main_grad
+        sums: list[float] = []
+
+        def watch(passes: Any, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[LossReport]:
+            watched = captured_passes._Watched(batches, lambda: sums.append(float(gradient.abs().sum())))
+            return passes(watched, tokens_in_step)
+
+        captured = SimpleNamespace(run=watch)
+        batches = micro_batches(random_samples(0, 8, config), 2)
+        run_all(replace(run, captured=captured), batches, forward_only=False)  # type: ignore[arg-type]
+        return [*sums, float(gradient.abs().sum())]
+
+
+def test_the_schedule_is_done_with_a_micro_batch_before_it_takes_the_next(
+    ranks: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    """Fails if Megatron-Core's schedule takes a micro-batch early: its graph would hold work of another."""
+    (sums,) = ranks.run(gradients_when_the_next_is_taken, 1, small_config(corpus, tmp_path))
+    assert len(sums) == 4
+    assert 0 < sums[0] < sums[1] < sums[2] < sums[3]

@@ -186,13 +186,13 @@ def test_a_graph_keeps_its_memory_from_the_others() -> None:
     ):
         (plain,), (graphed,) = (plan_memory(planned(*SLICE, *changes, *own)) for own in ((), (graphs,)))
         assert max(plain.working, plain.optimizer_working) == getattr(plain, part)
-        assert plain.beside_graph == 0
-        assert graphed.beside_graph == getattr(plain, part)
+        assert plain.beside_graphs == 0
+        assert graphed.beside_graphs == getattr(plain, part)
         assert graphed.peak == plain.peak
         assert needed_gib([graphed]) - needed_gib([plain]) == pytest.approx(getattr(plain, part) / GIB)
     stages = plan_memory(
         planned(graphs, "parallel.pipeline_parallel_size=4", "train.global_batch_size=8", world_size=16)
     )
-    fullest = max(stages, key=lambda rank: rank.peak + rank.beside_graph)
-    assert len({rank.beside_graph for rank in stages}) > 1
+    fullest = max(stages, key=lambda rank: rank.peak + rank.beside_graphs)
+    assert len({rank.beside_graphs for rank in stages}) > 1
     assert needed_gib(stages) == needed_gib([fullest])

@@ -76,7 +76,7 @@ def test_text_tells_of_cuda_graphs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*run, "train.cuda_graphs=true"]) == 0
     out = capsys.readouterr().out
     assert hint not in out
-    for fact in ("started as one CUDA graph", "beside the CUDA graph", "not counted: the graph itself"):
+    for fact in ("started as CUDA graphs", "beside the CUDA graphs", "not counted: the graphs themselves"):
         assert fact in out
 
 

@@ -1,4 +1,4 @@
-"""Does a run whose passes are started as a CUDA graph learn the same bits, and does it start them so?"""
+"""Does a run whose passes are started as CUDA graphs learn the same bits, and does it start them so?"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,7 @@ PP2 = dict(pipeline_parallel_size=2)
 def config_of(
     corpus: Path, run_dir: Path, precision: str, parallel: dict[str, Any], *, graphs: bool, **changes: Any
 ) -> RunConfig:
-    """12 steps of 128 tokens a sample, evaluated every fourth; from the sixth on 16 samples a step instead of 8, which
-    takes another graph."""
+    """12 steps of 128 tokens a sample, evaluated every fourth; from the sixth on 16 samples a step instead of 8."""
     weights = precision.endswith("_weights")
     step_tokens = 8 * LENGTH
     return small_config(
@@ -94,6 +93,15 @@ def test_a_run_learns_the_same_bits(
         for graphs in (True, False)
     )
     compare(ranks, world_size, graphed, plain)
+
+
+def test_one_and_two_micro_batches_have_graphs_of_their_own(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    """Fails if the only micro-batch is taken for the first of several, or the second for one with another after it."""
+    graphed, plain = (
+        config_of(corpus, tmp_path / str(graphs), "fp8_block", {}, graphs=graphs, micro_batch_size=8)
+        for graphs in (True, False)
+    )
+    compare(ranks, 1, graphed, plain)
 
 
 def test_samples_of_another_length_take_another_graph(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
