@@ -3,7 +3,7 @@
     python -m benchmarks.planner_points [--points A,B,C] [--output FILE] [--gpu h200|h100|FILE.json] [key=value ...]
     python -m benchmarks.planner_points --list
 
-Steps are the trainer's own, of the 12B's 18-layer slice on one GPU, and over two and four, and of the whole 12B on two
+Steps are the trainer's own, of the 12B's 18-layer slice on one, two and four GPUs and of the whole 12B on two and four
 (`train_step.py`). Several GPUs run under torchrun; all points of a number of GPUs run one after the other in the same
 processes. Without `--points` it measures what this machine has the GPUs for. `key=value` changes every point: with a
 tiny model the command runs on CPU ranks, without figures of memory.
@@ -67,9 +67,10 @@ def slice_point(precision: str, tokens: int, recompute: str = "none") -> Point:
     return Point(1, (*SHAPES["slice"].overrides, *own))
 
 
-def whole_point(*own: str) -> Point:
+def whole_point(gpus: int, *own: str) -> Point:
     """Two micro-batches a step: enough to see what accumulates, and short."""
-    return Point(2, (*SHAPES["whole"].overrides, "train.global_batch_size=2", *own))
+    layout = (f"parallel=tensor_{gpus}", "train.global_batch_size=2")
+    return Point(gpus, (*SHAPES["whole"].overrides, *layout, *own))
 
 
 def shared_slice_point(gpus: int, precision: str, *own: str) -> Point:
@@ -87,10 +88,12 @@ POINTS = {
     "slice_fp8_block_8k_selective": slice_point("fp8_block", 8192, "selective"),
     "slice_fp8_block_16k_full": slice_point("fp8_block", 16384, "full"),
     "slice_fp8_current_8k": slice_point("fp8_current", 8192),
-    "whole_fp8_block_8k": whole_point("precision=fp8_block"),
+    "whole_fp8_block_8k": whole_point(2, "precision=fp8_block"),
     "whole_bf16_8k_full": whole_point(
-        "precision=bf16", *ALL_LAYERS_ALIKE, "train.recompute=full", "optim.gradients=fp32", "optim.moments=fp32"
+        2, "precision=bf16", *ALL_LAYERS_ALIKE, "train.recompute=full", "optim.gradients=fp32", "optim.moments=fp32"
     ),
+    "whole4_fp8_block_8k": whole_point(4, "precision=fp8_block"),
+    "whole4_fp8_block_8k_graphs": whole_point(4, "precision=fp8_block", GRAPHS),
     "shared2_bf16_8k": shared_slice_point(2, "bf16"),
     "shared2_bf16_8k_overlap": shared_slice_point(2, "bf16", OVERLAP),
     "shared2_fp8_current_8k": shared_slice_point(2, "fp8_current"),

@@ -115,12 +115,16 @@ def test_samples_of_another_length_take_another_graph(ranks: RankPool, corpus: P
     compare(ranks, 1, *configs)
 
 
-def test_a_stopped_run_goes_on(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
-    """Fails if what is saved or loaded is not what the graph works on."""
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stopped_run_goes_on(ranks: RankPool, corpus: Path, tmp_path: Path, asynchronous: bool) -> None:
+    """Fails if what is saved or loaded is not what the graph works on, or a later step changes what is being saved."""
     stopped, whole = (
         config_of(corpus, tmp_path / str(graphs), "fp8_delayed", {}, graphs=graphs, eval_every_steps=0)
         for graphs in (True, False)
     )
+    # A save at step 6 while the seventh trains; the one at the stop is waited for.
+    saving = replace(stopped.checkpoint, asynchronous=asynchronous, every_steps=STOP - 1)
+    stopped = replace(stopped, checkpoint=saving)
     ranks.run(train, 1, stopped, STOP)
     expected, found = (logged("loss", ranks.run(train, 1, config)[0]) for config in (whole, stopped))
     assert len(expected) == STEPS
