@@ -8,9 +8,10 @@ Steps are the trainer's own, of the 12B's 18-layer slice on one, two and four GP
 processes. Without `--points` it measures what this machine has the GPUs for. `key=value` changes every point: with a
 tiny model the command runs on CPU ranks, without figures of memory.
 
-Peaks are torch.cuda.max_memory_allocated over the timed steps, which is what `plan/memory.py` counts. `gib_before` is
-what a point found allocated. What Transformer Engine keeps from one point to the next, its stand-ins for the gradients
-of weights, the planner counts too (`stand_ins_gib`); where much more was found, measure the points one by one.
+Peaks are torch.cuda.max_memory_allocated over the timed steps, which is what `plan/memory.py` counts; with CUDA graphs,
+which allocate for all steps when they are captured, over the steps before too. `gib_before` is what a point found
+allocated. What Transformer Engine keeps from one point to the next, its stand-ins for the gradients of weights, the
+planner counts too (`stand_ins_gib`); where much more was found, measure the points one by one.
 """
 
 import argparse
@@ -189,7 +190,8 @@ def time_steps(run: Runtime, plan: RunPlan, place: Place, groups: Groups) -> dic
         for number in range(WARMUP_STEPS + TIMED_STEPS):
             if number == WARMUP_STEPS:
                 start_gib = peak_gib()
-                reset_peak(platform)
+                if run.captured is None:
+                    reset_peak(platform)
             batches = [next(loader) for _ in range(plan.batches.num_micro_batches_at(0))]
             platform.synchronize()
             began = time.perf_counter()

@@ -125,7 +125,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "train.seq_length": (Effect.past, "how the tokens, those already read included, are cut into samples"),
     "train.global_batch_size": (Effect.later, "how many samples a step averages"),
     "train.micro_batch_size": _LAYOUT,
-    "train.cuda_graphs": (Effect.none, "how passes are started; they compute the same bits"),
+    "train.cuda_graphs": (Effect.none, "how passes are started, and where a pipeline cuts itself by planned times"),
     "train.batch_schedule": (Effect.later, "how many samples a step averages"),
     "train.batch_schedule[].start_tokens": (Effect.later, "how many samples a step averages"),
     "train.batch_schedule[].global_batch_size": (Effect.later, "how many samples a step averages"),

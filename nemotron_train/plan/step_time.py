@@ -30,8 +30,8 @@ from nemotron_train.plan.traffic import (
 
 SECONDS_PER_DAY = 86_400
 BEYOND_TWO_GPUS = (
-    "beyond two GPUs only tensor 4 was measured, on H200s: bf16 took 0.93 to 0.95 times what is planned; FP8 1.07 to "
-    "1.44 times, by machine, waiting for the CPU to start its kernels; and 0.88 times with train.cuda_graphs=true"
+    "beyond two GPUs only tensor 4 was measured, on H200s: bf16 took 0.93 to 0.95 times what is planned; FP8 1.03 to "
+    "1.44 times, by machine, waiting for the CPU to start its kernels; with train.cuda_graphs=true 0.88 to 0.94 times"
 )
 
 

@@ -50,7 +50,8 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
     point = planner_points.POINTS[name]
     plan = plan_run(planner_points.configure(point, tmp_path, ()), point.gpus)
     config, parts = plan.config, name.split("_")
-    assert plan.layout.tensor == point.gpus == {"slice": 1, "whole": 2, "shared2": 2, "shared4": 4}[parts[0]]
+    gpus = {"slice": 1, "whole": 2, "whole4": 4, "shared2": 2, "shared4": 4}
+    assert plan.layout.tensor == point.gpus == gpus[parts[0]]
     assert config.precision.format.value in name
     assert f"{config.train.seq_length // 1024}k" in parts
     assert config.parallel.overlap_tensor_comm == (parts[-1] == "overlap")
@@ -58,10 +59,11 @@ def test_every_point_is_a_run_of_its_number_of_gpus(name: str, tmp_path: Path) -
     assert config.train.recompute.value == (parts[-1] if parts[-1] in ("full", "selective") else "none")
 
 
-# By the command itself on H200s (2026-11-27 and, shared, 2026-11-28, torch 2.11), but for the one with graphs and what
-# stands after the first time of a point on four GPUs, which are of a script that took the same steps: peak in GiB, and
-# how near it is planned; milliseconds of a step in up to four runs. Why full recomputation is planned 3 % too large,
-# and what the 12B and four ranks in fp8_block hold beside, is not known.
+# By the command itself on H200s (2026-11-27 and, on four GPUs, 2026-11-28, torch 2.11), but for the times of
+# shared4_bf16_8k and shared4_fp8_block_8k between the first and the last, and the first with graphs, which are of a
+# script that took the same steps: peak in GiB, and how near it is planned; milliseconds of a step in up to four runs.
+# Why full recomputation is planned 3 % too large, and what the 12B and four ranks in fp8_block hold beside, is not
+# known.
 MEASURED = {
     "slice_bf16_8k": (94.44, 0.005, [356.5, 361.9, 357.7, 362.2]),
     "slice_fp8_block_8k": (97.83, 0.005, [301.9, 309.3, 300.8, 308.5]),
@@ -72,14 +74,16 @@ MEASURED = {
     "slice_fp8_current_8k": (97.74, 0.005, [276.5, 282.2, 277.7]),
     "whole_fp8_block_8k": (92.76, 0.025, [1026.8]),
     "whole_bf16_8k_full": (108.00, 0.005, [1502.6]),
+    "whole4_fp8_block_8k": (46.18, 0.02, [951.7]),
+    "whole4_fp8_block_8k_graphs": (46.53, 0.03, [587.0]),
     "shared2_bf16_8k": (47.41, 0.005, [745.4]),
     "shared2_bf16_8k_overlap": (47.51, 0.01, [725.5]),
     "shared2_fp8_current_8k": (49.17, 0.01, [616.2]),
     "shared2_fp8_current_8k_overlap": (49.17, 0.01, [563.0]),
-    "shared4_bf16_8k": (23.75, 0.01, [416.5, 409.1]),
+    "shared4_bf16_8k": (23.75, 0.01, [416.5, 409.1, 415.9]),
     "shared4_bf16_8k_overlap": (23.85, 0.015, [401.9]),
-    "shared4_fp8_block_8k": (25.38, 0.04, [684.4, 509.8, 522.9]),
-    "shared4_fp8_block_8k_graphs": (25.10, 0.04, [339.0]),
+    "shared4_fp8_block_8k": (25.38, 0.04, [684.4, 509.8, 522.9, 488.8]),
+    "shared4_fp8_block_8k_graphs": (25.11, 0.04, [339.0, 343.1]),
     "shared4_fp8_current_8k": (24.66, 0.015, [622.9]),
     "shared4_fp8_current_8k_overlap": (24.68, 0.015, [605.8]),
 }
@@ -89,10 +93,12 @@ MEASURED = {
 # four ranks wait for the CPU, which starts more kernels for a split layer than the planner knows of. Where they do not
 # wait, some of their exchanges and other kernels run side by side, and the planner adds them up.
 MISSED = {
+    "whole4_fp8_block_8k": (1.238, 1.238),
+    "whole4_fp8_block_8k_graphs": (0.943, 0.943),
     "shared4_bf16_8k": (0.931, 0.947),
     "shared4_bf16_8k_overlap": (0.914, 0.914),
-    "shared4_fp8_block_8k": (1.074, 1.441),
-    "shared4_fp8_block_8k_graphs": (0.882, 0.882),
+    "shared4_fp8_block_8k": (1.029, 1.441),
+    "shared4_fp8_block_8k_graphs": (0.882, 0.893),
     "shared4_fp8_current_8k": (1.351, 1.351),
     "shared4_fp8_current_8k_overlap": (1.314, 1.314),
 }
@@ -119,6 +125,9 @@ def test_a_point_is_planned_as_it_was_measured(name: str, tmp_path: Path) -> Non
 
 def test_the_planner_says_what_it_misses() -> None:
     """Fails if the note under a plan has other figures than the comparison."""
-    fp8 = [ratio for name in ("shared4_fp8_block_8k", "shared4_fp8_current_8k") for ratio in MISSED[name]]
-    for ratio in (*MISSED["shared4_bf16_8k"], min(fp8), max(fp8), *MISSED["shared4_fp8_block_8k_graphs"]):
-        assert f"{ratio:.2f}" in BEYOND_TWO_GPUS
+    graphs, fp8 = list[float](), list[float]()
+    for name, ratios in MISSED.items():
+        if "fp8" in name and not name.endswith("overlap"):
+            (graphs if name.endswith("graphs") else fp8).extend(ratios)
+    for ratios in (MISSED["shared4_bf16_8k"], fp8, graphs):
+        assert f"{min(ratios):.2f} to {max(ratios):.2f}" in BEYOND_TWO_GPUS
