@@ -9,7 +9,7 @@ processes. Without `--points` it measures what this machine has the GPUs for. `k
 tiny model the command runs on CPU ranks, without figures of memory.
 
 Peaks are torch.cuda.max_memory_allocated over the timed steps, which is what `plan/memory.py` counts; with CUDA graphs,
-which allocate for all steps when they are captured, over the steps before too. `gib_before` is what a point found
+which allocate for all steps when they are captured, over everything before too. `gib_before` is what a point found
 allocated. What Transformer Engine keeps from one point to the next, its stand-ins for the gradients of weights, the
 planner counts too (`stand_ins_gib`); where much more was found, measure the points one by one.
 """

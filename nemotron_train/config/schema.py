@@ -266,7 +266,7 @@ class TrainSection:
     eval_every_steps: int = 0  # 0 = never; the end of a run with held-out shards is always evaluated
     eval_tokens: int = 1_000_000  # of each source's held-out shards (less where they hold less)
     recompute: Recompute = Recompute.none
-    cuda_graphs: bool = False  # start a step's passes in one call, for GPUs that wait for the CPU: small shares, FP8
+    cuda_graphs: bool = False  # start passes as CUDA graphs, for GPUs that wait for the CPU: small shares, FP8
     deterministic: bool = False  # the same run gives the same bits every time on GPUs too, stopped and resumed or not
     max_skipped_steps: int = 10  # stop when more steps than this in a row were skipped for non-finite gradients
 

@@ -24,7 +24,6 @@ from nemotron_train.data.batch import Batch
 logger = logging.getLogger(__name__)
 
 Passes = Callable[[Sequence[Batch], Tensor], list[Any]]  # micro-batches on the device, real tokens -> reports
-DIFFERENT = 3  # micro-batches of a step without a pipeline: the first, one between and the last
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,14 @@ class _Part:
     graph: torch.cuda.CUDAGraph
     batches: Sequence[Batch]
     reports: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph for the whole step, or for each kind of micro-batch, and where they read the real tokens of the step."""
+
+    parts: Sequence[_Part]
+    tokens_in_step: Tensor
 
 
 class CapturedPasses:
@@ -53,51 +60,42 @@ class CapturedPasses:
         self._stream.wait_stream(self._outer)
         torch.cuda.set_stream(self._stream)
         self._warmed_up: list[torch.Size] | None = None
-        self._parts: list[_Part] = []
-        self._tokens_in_step: Tensor | None = None
+        self._captured: _Captured | None = None
 
     def run(self, passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[Any]:
         """Take a step's micro-batches, in host memory, through `passes`; returns their reports.
 
-        The first step of these shapes runs as ever, because kernels tune themselves and make their workspaces; the
-        second is captured.
+        The first step that needs other graphs runs as ever, because kernels tune themselves and make their workspaces;
+        the second is captured.
         """
         on_device = [batch.to(tokens_in_step.device) for batch in batches]
-        captured = on_device if self._in_pipeline else on_device[: DIFFERENT - 1] + on_device[DIFFERENT - 1 :][-1:]
-        shapes = [batch.tokens_BS.shape for batch in captured]
+        needed = on_device if self._in_pipeline else one_of_each_kind(on_device)
+        shapes = [batch.tokens_BS.shape for batch in needed]
         if shapes != self._warmed_up:
             self.release()
             self._warmed_up = shapes
             return passes(on_device, tokens_in_step)
-        if self._tokens_in_step is None:
-            self._tokens_in_step = tokens_in_step.clone()
-            # Copies: a micro-batch of this step is read when its graph runs, which may be after another's.
-            captured = copy.deepcopy(captured)
-            self._parts = capture(passes, captured, self._tokens_in_step, one_each=not self._in_pipeline)
-        self._tokens_in_step.copy_(tokens_in_step)
+        if self._captured is None:
+            tokens = tokens_in_step.clone()
+            parts = capture(passes, needed, tokens, one_each=not self._in_pipeline)
+            self._captured = _Captured(parts, tokens)
+        self._captured.tokens_in_step.copy_(tokens_in_step)
         reports: list[Any] = []
         new = iter(on_device)
-        for part in self._in_order(len(on_device)):
+        for part in in_order(self._captured.parts, len(on_device)):
             for batch in part.batches:
                 batch.copy_from(next(new))
             part.graph.replay()
             reports += copy.deepcopy(part.reports)  # before a graph that runs again overwrites them
         return reports
 
-    def _in_order(self, micro_batches: int) -> list[_Part]:
-        """Return the parts of a step of so many micro-batches."""
-        if len(self._parts) < DIFFERENT or self._in_pipeline:
-            return self._parts
-        first, between, last = self._parts
-        return [first, *[between] * (micro_batches - 2), last]
-
     def release(self) -> None:
         """Give the graphs' memory back, and their hold on the communicators that they call."""
-        if self._parts:
+        if self._captured is not None:
             torch.cuda.synchronize()
-            for part in self._parts:
+            for part in self._captured.parts:
                 part.graph.reset()
-        self._parts, self._tokens_in_step = [], None
+        self._captured = None
 
     def close(self) -> None:
         """Release the graphs, and compute on the stream that was used before. Process groups end after it: they wait
@@ -107,7 +105,20 @@ class CapturedPasses:
         torch.cuda.set_stream(self._outer)
 
 
-class _Watched(Sequence[Batch]):
+def one_of_each_kind(batches: Sequence[Batch]) -> list[Batch]:
+    """Return micro-batches of a step without a pipeline that stand for all: the first, one between and the last."""
+    return [batches[0], batches[1], batches[-1]] if len(batches) > 2 else list(batches)
+
+
+def in_order(parts: Sequence[_Part], micro_batches: int) -> Sequence[_Part]:
+    """Return the parts of a step of so many micro-batches, the one between as often as it is needed."""
+    if len(parts) < 3:
+        return parts
+    first, between, last = parts
+    return [first, *[between] * (micro_batches - 2), last]
+
+
+class Watched(Sequence[Batch]):
     """Micro-batches that say when the next one is taken."""
 
     def __init__(self, batches: Sequence[Batch], before_next: Callable[[], None]) -> None:
@@ -135,9 +146,11 @@ def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor, *,
     Raises:
         RuntimeError: something in them cannot be captured.
     """
-    logger.info("Capturing the passes of %d micro-batches as CUDA graphs.", len(batches))
+    logger.info("Capturing a step's passes (CUDA graphs: %d).", len(batches) if one_each else 1)
     graphs: list[torch.cuda.CUDAGraph] = []
-    pool = torch.cuda.graph_pool_handle()  # shared: graphs run one after the other
+    # Shared memory. What one graph leaves to another (the schedule's count of tokens) or to us (reports) is alive until
+    # all are captured, so no other graph is given its memory.
+    pool = torch.cuda.graph_pool_handle()
 
     def begin_graph() -> None:
         capturing.close()
@@ -152,7 +165,7 @@ def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor, *,
     try:
         with ExitStack() as capturing:
             begin_graph()  # before the schedule makes anything that later graphs use
-            reports = passes(_Watched(batches, begin_graph) if one_each else batches, tokens_in_step)
+            reports = passes(Watched(batches, begin_graph) if one_each else batches, tokens_in_step)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """How much memory does a GPU need: what every pipeline rank holds at its fullest moment, in bytes that torch counts.
 
-Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s within 4 %: 19 points of
+Derived from the code (see `activations.py`), not fitted. It meets what was measured on H200s within 4 %: 21 points of
 the 12B and its 18-layer slice on one to four GPUs, in bf16 and FP8, of 4k to 16k tokens, with and without recomputation
 (`benchmarks/README.md`); and Megatron-Core's own 12B, where AdamW's step is the fullest moment. Pipelines and context
 parallelism have not been measured, and what is in none of the sums below (user buffers, what CUDA graphs leave to

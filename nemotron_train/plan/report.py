@@ -18,7 +18,7 @@ from nemotron_train.plan.run_plan import RunPlan, plan_run
 from nemotron_train.plan.step_time import BEYOND_TWO_GPUS, RunTime, has_times, plan_time
 
 MEMORY_SOURCE = (
-    "derived from what each layer keeps; within 4 % of 19 peaks measured with the 12B's layers on one to four H200s "
+    "derived from what each layer keeps; within 4 % of 21 peaks measured with the 12B's layers on one to four H200s "
     "(bf16 and FP8, 4k to 16k tokens, with and without recomputation); pipelines, context parallelism and other models "
     "were not measured"
 )
@@ -196,7 +196,7 @@ def _time_rows(plan: RunPlan, machine: Machine) -> list[tuple[str, str]]:
 
 
 def _graphs_rows(plan: RunPlan, gpu: Gpu) -> list[tuple[str, str]]:
-    """Return what a CUDA graph would gain, where it is possible and the CPU is in the way."""
+    """Return what CUDA graphs would gain, where it is possible and the CPU is in the way."""
     train = replace(plan.config.train, cuda_graphs=True)
     try:
         graphed = plan_run(replace(plan.config, train=train), plan.layout.world_size)

@@ -17,7 +17,7 @@ from torch import Tensor
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.batch import Batch
 from nemotron_train.engine import captured_passes
-from nemotron_train.engine.captured_passes import CapturedPasses
+from nemotron_train.engine.captured_passes import CapturedPasses, Watched
 from nemotron_train.loss import LossReport
 from nemotron_train.step import run_all
 from tests.engine.live import live_run, micro_batches, random_samples
@@ -50,7 +50,7 @@ class Log(list[str]):
         self.capturing: Graph | None = None
 
     def passes(self, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[Tensor]:
-        self.append("capture" if self.capturing else "run")
+        self.append(f"capture {len(batches)}" if self.capturing else "run")
         return [self.report(batch, tokens_in_step) for batch in batches]
 
     def report(self, batch: Batch, tokens_in_step: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
 def step(captured: CapturedPasses, log: Log, micro_batches: int, seq_length: int = 8) -> list[str]:
     """Take a step of new random tokens; returns what happened."""
     rows = torch.randint(1000, (micro_batches, 2, seq_length))
-    batches = [Batch(row, row, torch.ones(2, seq_length), torch.zeros(2, dtype=torch.int64)) for row in rows]
+    batches = [Batch(row, row, torch.ones(2, seq_length), torch.zeros(2, dtype=torch.int64)) for row in rows.clone()]
     tokens = torch.randint(1000, ())
     log.clear()
     reports = captured.run(log.passes, batches, tokens)
@@ -112,7 +112,7 @@ def test_a_graph_does_for_all_micro_batches_between_the_first_and_the_last(log: 
     micro-batch the tokens or the report of another; or if a larger batch is captured again."""
     captured = CapturedPasses(seed=1, in_pipeline=False)
     assert step(captured, log, 4) == ["run"]
-    assert step(captured, log, 4) == ["capture", FIRST, BETWEEN, BETWEEN, LAST]
+    assert step(captured, log, 4) == ["capture 3", FIRST, BETWEEN, BETWEEN, LAST]
     assert step(captured, log, 4) == [FIRST, BETWEEN, BETWEEN, LAST]
     assert step(captured, log, 6) == [FIRST, *[BETWEEN] * 4, LAST]
     assert step(captured, log, 3) == [FIRST, BETWEEN, LAST]
@@ -120,17 +120,19 @@ def test_a_graph_does_for_all_micro_batches_between_the_first_and_the_last(log: 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_fewer_micro_batches_have_a_graph_each(log: Log, micro_batches: int) -> None:
-    """Fails if the only micro-batch does not reduce gradients, or a second one is taken for one between."""
+    """Fails if the only micro-batch is captured as the first of more, or a second one as one before a third: neither
+    would reduce gradients."""
     captured = CapturedPasses(seed=1, in_pipeline=False)
     graphs = [FIRST, BETWEEN][:micro_batches]
-    assert [step(captured, log, micro_batches) for _ in range(3)] == [["run"], ["capture", *graphs], graphs]
+    expected = [["run"], [f"capture {micro_batches}", *graphs], graphs]
+    assert [step(captured, log, micro_batches) for _ in range(3)] == expected
 
 
 def test_a_pipeline_has_one_graph_for_its_step(log: Log) -> None:
     """Fails if micro-batches that a pipeline interleaves are taken apart, or a graph does for another number."""
     captured = CapturedPasses(seed=1, in_pipeline=True)
-    assert [step(captured, log, 4) for _ in range(3)] == [["run"], ["capture", "graph 0"], ["graph 0"]]
-    assert [step(captured, log, 6) for _ in range(2)] == [["reset graph 0", "run"], ["capture", "graph 1"]]
+    assert [step(captured, log, 4) for _ in range(3)] == [["run"], ["capture 4", "graph 0"], ["graph 0"]]
+    assert [step(captured, log, 6) for _ in range(2)] == [["reset graph 0", "run"], ["capture 6", "graph 1"]]
 
 
 @pytest.mark.parametrize("in_pipeline", [False, True])
@@ -142,7 +144,7 @@ def test_samples_of_another_length_are_captured_anew(log: Log, in_pipeline: bool
     first, second = step(captured, log, 2, seq_length=16), step(captured, log, 2, seq_length=16)
     assert first[-1] == "run"
     assert "reset graph 0" in first
-    assert second[0] == "capture"
+    assert second[0] == "capture 2"
 
 
 def test_a_closed_run_holds_no_graph(log: Log) -> None:
@@ -197,13 +199,13 @@ def test_a_failed_capture_names_the_option(log: Log) -> None:
 
 
 def gradients_when_the_next_is_taken(config: RunConfig) -> list[float]:
-    """The sum of a gradient, before each micro-batch but the first and at the end."""
+    """The sum of the gradient that is the last to be computed, before each micro-batch but the first and at the end."""
     with live_run(config) as run:
-        gradient = run.chunks[0].module.output_layer.weight.main_grad
+        gradient = run.chunks[0].module.embedding.word_embeddings.weight.main_grad
         sums: list[float] = []
 
         def watch(passes: Any, batches: Sequence[Batch], tokens_in_step: Tensor) -> list[LossReport]:
-            watched = captured_passes._Watched(batches, lambda: sums.append(float(gradient.abs().sum())))
+            watched = Watched(batches, lambda: sums.append(float(gradient.abs().sum())))
             return passes(watched, tokens_in_step)
 
         captured = SimpleNamespace(run=watch)

@@ -74,10 +74,14 @@ def test_text_tells_of_cuda_graphs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*run, "parallel.overlap_param_gather=true"]) == 0
     assert hint not in capsys.readouterr().out  # refused
     assert main([*run, "train.cuda_graphs=true"]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    grow = "not counted: the graphs themselves, which grow with layers"
     assert hint not in out
-    for fact in ("started as CUDA graphs", "beside the CUDA graphs", "not counted: the graphs themselves"):
+    for fact in ("started as CUDA graphs", "beside the CUDA graphs", grow):
         assert fact in out
+    assert f"{grow} and micro-batches" not in out
+    assert main([*run, "train.cuda_graphs=true", "parallel.pipeline_parallel_size=2", "world_size=8"]) == 0
+    assert f"{grow} and micro-batches" in " ".join(capsys.readouterr().out.split())
 
 
 def test_text_tells_the_parts_of_a_gpt(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Does a run whose passes are started as CUDA graphs learn the same bits, and does it start them so?"""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nemotron_train.checkpoint.commit import step_folder
 from nemotron_train.config.schema import BatchStep, PrecisionFormat, PrimaryWeights, Recompute, RunConfig
 from nemotron_train.engine.wrap import zero_gradients
 from nemotron_train.step import run_all
@@ -99,13 +101,15 @@ def test_a_run_learns_the_same_bits(
     compare(ranks, world_size, graphed, plain)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_one_and_two_micro_batches_have_graphs_of_their_own(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
-    """Fails if the only micro-batch is taken for the first of several, or the second for one with another after it."""
+    """Fails if the only micro-batch is taken for the first of several, or the second for one with another after it: the
+    two ranks would not add up their gradients."""
     graphed, plain = (
-        config_of(corpus, tmp_path / str(graphs), "fp8_block", {}, graphs=graphs, micro_batch_size=8)
+        config_of(corpus, tmp_path / str(graphs), "fp8_block", {}, graphs=graphs, micro_batch_size=4)
         for graphs in (True, False)
     )
-    compare(ranks, 1, graphed, plain)
+    compare(ranks, 2, graphed, plain)
 
 
 def test_samples_of_another_length_take_another_graph(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
@@ -126,10 +130,13 @@ def test_a_stopped_run_goes_on(ranks: RankPool, corpus: Path, tmp_path: Path, as
         config_of(corpus, tmp_path / str(graphs), "fp8_delayed", {}, graphs=graphs, eval_every_steps=0)
         for graphs in (True, False)
     )
-    # A save at step 6 while the seventh trains; the one at the stop is waited for.
     saving = replace(stopped.checkpoint, asynchronous=asynchronous, every_steps=STOP - 1)
     stopped = replace(stopped, checkpoint=saving)
     ranks.run(train, 1, stopped, STOP)
+    # The save before the stop went on while the last step trained, if it was asynchronous.
+    checkpoints = Path(stopped.run.dir) / "checkpoints"
+    shutil.rmtree(step_folder(checkpoints, STOP))
+    assert step_folder(checkpoints, STOP - 1).exists()
     expected, found = (logged("loss", ranks.run(train, 1, config)[0]) for config in (whole, stopped))
     assert len(expected) == STEPS
     assert found == expected
