@@ -1,6 +1,5 @@
 """Which class implements each part of a layer on this platform: the place to swap one."""
 
-import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -41,9 +40,8 @@ class LayerParts:
 
 
 def choose_layer_parts(plan: RunPlan, platform: Platform) -> LayerParts:
-    """Choose Transformer Engine on CUDA, plain torch on the CPU, in float32, and where it is not installed."""
-    is_plain = not platform.is_cuda or plan.config.precision.format is PrecisionFormat.fp32
-    if is_plain or importlib.util.find_spec("transformer_engine") is None:
+    """Choose Transformer Engine on CUDA, plain torch on the CPU and in float32."""
+    if not platform.is_cuda or plan.config.precision.format is PrecisionFormat.fp32:
         return plain_parts(plan, platform)
     return transformer_engine_parts(plan)
 

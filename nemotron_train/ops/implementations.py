@@ -88,7 +88,8 @@ def operations(name: str) -> Operations:
 
 
 def best_operations(device: torch.device, dtype: torch.dtype) -> Operations:
-    """Return the fastest implementation that is there for weights of `dtype` on `device`."""
+    """Return the fastest implementation for weights of `dtype` on `device`; `platform/support.py` has asked for its
+    libraries."""
     if device.type == "cpu" or dtype is torch.float32:
         return operations("torch")
     return operations("triton")

@@ -25,7 +25,8 @@ def mamba_core(
 ) -> Tensor:
     """Return what `mamba_core.mamba_core` returns (S B I). Documents, and sizes that the kernels do not support, go to
     the published kernels."""
-    if documents is not None or not supports(sizes):
+    # The convolution takes tokens that are a multiple of 8 numbers apart; the published core makes a copy that is.
+    if documents is not None or not supports(sizes) or zxBCdt_SBf.shape[-1] % 8:
         return mamba_ssm_core.mamba_core(zxBCdt_SBf, weights, sizes, documents)
     return _MambaCore.apply(zxBCdt_SBf.contiguous(), *weights, sizes)
 

@@ -7,28 +7,31 @@ import torch
 
 from nemotron_train.config.schema import DocumentBoundary, PrecisionFormat, PrimaryWeights, RunConfig, StateFormat
 from nemotron_train.errors import ConfigError
+from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.platform.device import Platform
+
+GPU_LIBRARIES = {"transformer_engine": "Transformer Engine", "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+CONVOLUTION_KERNELS = (2, 4)  # tokens that causal-conv1d's kernels see: least and most
+CONVOLUTION_CHANNELS = 8  # it takes multiples
 
 
 def check_support(config: RunConfig, platform: Platform) -> None:
     """Raise ConfigError for what needs libraries or a device that are not here, or those that are here cannot do."""
-    wanted = config.precision.format
-    has_transformer_engine = platform.is_cuda and importlib.util.find_spec("transformer_engine") is not None
-    if wanted.is_fp8 and platform.is_cuda and not has_transformer_engine:  # a CPU emulates FP8; a GPU would be wasted
-        raise ConfigError(
-            f"precision.format={wanted.value} needs {_what_is_missing(platform)}. Set precision.format=bf16 or fp32."
-        )
-    if config.precision.primary_weights is PrimaryWeights.fp8 and not has_transformer_engine:
-        raise ConfigError(
-            f"precision.primary_weights=fp8 with precision.format={wanted.value} needs {_what_is_missing(platform)}. "
-            "Set precision.primary_weights=bf16: the emulation quantises bf16 weights."
-        )
+    wanted, gpu = config.precision.format, platform.is_cuda
     if config.train.cuda_graphs:
         _check_cuda_graphs(platform)
     if wanted is PrecisionFormat.fp32:
-        return
+        return  # plain torch everywhere
+    if gpu:
+        _check_libraries(wanted)
+        _check_convolution(config)
+    if config.precision.primary_weights is PrimaryWeights.fp8 and not gpu:
+        raise ConfigError(
+            f"precision.primary_weights=fp8 with precision.format={wanted.value} needs {_on_a_gpu(platform)}. "
+            "Set precision.primary_weights=bf16: the emulation quantises bf16 weights."
+        )
     cp_size, boundary = config.parallel.context_parallel_size, config.data.document_boundary
-    if cp_size > 1 and boundary is DocumentBoundary.reset and has_transformer_engine:
+    if cp_size > 1 and boundary is DocumentBoundary.reset and gpu:
         # It cuts every document, and not the sample, into two runs a rank.
         raise ConfigError(
             f"data.document_boundary=reset with parallel.context_parallel_size={cp_size}: Transformer Engine's "
@@ -36,12 +39,43 @@ def check_support(config: RunConfig, platform: Platform) -> None:
             "data.document_boundary=none, parallel.context_parallel_size=1, or precision.format=fp32."
         )
     if config.parallel.overlap_tensor_comm:
-        _check_user_buffers(config, platform, has_transformer_engine)
+        _check_user_buffers(config, platform)
     for key in ("gradients", "moments"):
-        if getattr(config.optim, key) is StateFormat.bf16 and not has_transformer_engine:
-            raise ConfigError(
-                f"optim.{key}=bf16 needs the AdamW of {_what_is_missing(platform)}. Set optim.{key}=fp32 here."
-            )
+        if getattr(config.optim, key) is StateFormat.bf16 and not gpu:
+            raise ConfigError(f"optim.{key}=bf16 needs the AdamW of {_on_a_gpu(platform)}. Set optim.{key}=fp32 here.")
+
+
+def _check_libraries(wanted: PrecisionFormat) -> None:
+    missing = [name for module, name in GPU_LIBRARIES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"precision.format={wanted.value} on a GPU needs {', '.join(GPU_LIBRARIES.values())}, and not installed: "
+            f'{", ".join(missing)}. Install them (pip install "nemotron-train[gpu]"), or set precision.format=fp32, '
+            "which runs on plain torch, slowly."
+        )
+
+
+def _check_convolution(config: RunConfig) -> None:
+    model, parallel = config.model, config.parallel
+    if LayerKind.mamba.value not in model.layer_pattern:
+        return
+    least, most = CONVOLUTION_KERNELS
+    if not least <= model.mamba_conv_kernel <= most:
+        raise ConfigError(
+            f"model.mamba_conv_kernel={model.mamba_conv_kernel}: the kernels of causal-conv1d see {least} to {most} "
+            "tokens. Use one of these, or precision.format=fp32."
+        )
+    # Of the share of a rank, as `model/head_shares.py` makes it.
+    ranks = parallel.tensor_parallel_size * parallel.context_parallel_size
+    groups = max(1, model.mamba_num_groups // ranks)
+    channels = model.mamba_num_heads // ranks * model.mamba_head_dim + 2 * groups * model.mamba_state_dim
+    if channels % CONVOLUTION_CHANNELS:
+        raise ConfigError(
+            f"The convolution of a rank has {channels} channels, and causal-conv1d's kernels take multiples of "
+            f"{CONVOLUTION_CHANNELS}: model.mamba_num_heads={model.mamba_num_heads} x model.mamba_head_dim="
+            f"{model.mamba_head_dim} over {ranks} ranks, and twice {groups} groups of model.mamba_state_dim="
+            f"{model.mamba_state_dim}. Change one of these, or set precision.format=fp32."
+        )
 
 
 def _check_cuda_graphs(platform: Platform) -> None:
@@ -60,10 +94,10 @@ def _check_cuda_graphs(platform: Platform) -> None:
             )
 
 
-def _check_user_buffers(config: RunConfig, platform: Platform, has_transformer_engine: bool) -> None:
-    if not has_transformer_engine:
+def _check_user_buffers(config: RunConfig, platform: Platform) -> None:
+    if not platform.is_cuda:
         raise ConfigError(
-            f"parallel.overlap_tensor_comm=true needs {_what_is_missing(platform)}. "
+            f"parallel.overlap_tensor_comm=true needs {_on_a_gpu(platform)}. "
             "Set parallel.overlap_tensor_comm=false here."
         )
     tp_size, gpus = config.parallel.tensor_parallel_size, torch.cuda.device_count()
@@ -75,7 +109,5 @@ def _check_user_buffers(config: RunConfig, platform: Platform, has_transformer_e
         )
 
 
-def _what_is_missing(platform: Platform) -> str:
-    if not platform.is_cuda:
-        return f"Transformer Engine on CUDA, and this run is on {platform.device.type}"
-    return 'Transformer Engine, which is not installed (pip install "nemotron-train[gpu]")'
+def _on_a_gpu(platform: Platform) -> str:
+    return f"Transformer Engine on CUDA, and this run is on {platform.device.type}"

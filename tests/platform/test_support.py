@@ -1,6 +1,5 @@
 """Is what this machine cannot do refused before anything starts, with the key to change?"""
 
-import importlib.util
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from nemotron_train.config.schema import PrecisionFormat
 from nemotron_train.errors import ConfigError
 from nemotron_train.platform.device import Platform
-from nemotron_train.platform.support import check_support
+from nemotron_train.platform.support import GPU_LIBRARIES, check_support
 from tests.plan.small import config_with
 
 CPU = Platform(device=torch.device("cpu"), backend="gloo")
@@ -17,12 +16,37 @@ CUDA = Platform(device=torch.device("cuda", 0), backend="nccl")
 SIZES_FP8_TAKES = "model.mamba_num_heads=16"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
-@pytest.mark.parametrize("format", ["fp8_block", "fp8_current", "fp8_delayed"])
-def test_fp8_on_a_gpu_without_transformer_engine_is_refused(format: str) -> None:
-    """Fails if a GPU would spend its time on the emulation that is for CPUs."""
-    with pytest.raises(ConfigError, match=f"{format} needs Transformer Engine, which is not installed"):
+@pytest.mark.parametrize("format", ["bf16", "fp8_block", "fp8_current", "fp8_delayed"])
+@pytest.mark.parametrize("missing", ["transformer_engine", "mamba_ssm", "causal_conv1d"])
+def test_a_gpu_without_its_libraries_is_refused(format: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a run dies of a missing library after its process groups met, or is sent to a format that needs it
+    too."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name != missing else None)
+    name = GPU_LIBRARIES[missing]
+    with pytest.raises(ConfigError, match=rf"format={format} on a GPU.*not installed: {name}\. .*format=fp32"):
         check_support(config_with(f"precision.format={format}", SIZES_FP8_TAKES), CUDA)
+    check_support(config_with("precision.format=fp32"), CUDA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        (["model.mamba_conv_kernel=5"], "mamba_conv_kernel=5: .* 2 to 4"),
+        (["model.mamba_conv_kernel=1"], "mamba_conv_kernel=1: .* 2 to 4"),
+        (["model.mamba_head_dim=9"], r"218 channels, .* multiples of 8: .*mamba_head_dim=9 over 1 ranks"),
+    ],
+)
+def test_a_convolution_that_no_kernel_computes_is_refused(
+    changes: list[str], names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a run dies inside a kernel of the GPU, or other devices and models are refused what they can do."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    in_bf16, in_fp32 = (config_with(f"precision.format={format}", *changes) for format in ("bf16", "fp32"))
+    with pytest.raises(ConfigError, match=names):
+        check_support(in_bf16, CUDA)
+    check_support(in_bf16, CPU)
+    check_support(in_fp32, CUDA)
+    check_support(config_with("precision.format=bf16", "model.layer_pattern='*-'", *changes), CUDA)
 
 
 @pytest.mark.parametrize("key", ["gradients", "moments"])
@@ -83,7 +107,7 @@ def test_overlapped_tensor_communication_is_refused_where_there_are_no_user_buff
 
 def test_graphs_are_refused_where_there_is_no_gpu() -> None:
     """Fails if a CPU run accepts the option and ignores it."""
-    config = config_with("train.cuda_graphs=true")
+    config = config_with("train.cuda_graphs=true", "precision.format=fp32")
     with pytest.raises(ConfigError, match=r"cuda_graphs=true needs a GPU, and this run is on cpu\. Set \S+=false"):
         check_support(config, CPU)
     check_support(config, CUDA)
@@ -92,6 +116,7 @@ def test_graphs_are_refused_where_there_is_no_gpu() -> None:
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_graphs_are_refused_where_their_memory_would_move(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a run starts whose collectives read what the allocator has moved."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     config = config_with("train.cuda_graphs=true")
     monkeypatch.setenv(name, "max_split_size_mb:128,expandable_segments:True")
     check_support(config_with(), CUDA)
