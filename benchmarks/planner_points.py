@@ -35,7 +35,6 @@ from rich.table import Table
 from benchmarks.train_step import COMMON, SHAPES, device_name, peak_gib, write_corpus
 from nemotron_train.config.load import load_config
 from nemotron_train.config.schema import RunConfig
-from nemotron_train.data.batch import RankShare
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import Groups, process_groups
@@ -176,17 +175,16 @@ def measure(plan: RunPlan, place: Place, groups: Groups) -> dict[str, Any]:
     reset_peak(place.platform)
     run = build_runtime(plan, place.platform, groups)
     try:
-        return time_steps(run, plan, place, groups)
+        return time_steps(run, plan, place)
     finally:
         release(run)
 
 
-def time_steps(run: Runtime, plan: RunPlan, place: Place, groups: Groups) -> dict[str, Any]:
+def time_steps(run: Runtime, plan: RunPlan, place: Place) -> dict[str, Any]:
     platform, config = place.platform, plan.config
-    share = RankShare(dp_rank=groups.dp.rank(), dp_size=groups.dp.size(), micro_batch_size=1)
     seconds, losses = [], []
     start_gib = float("nan")
-    with DataLoader(open_run_data(config).reader, share, plan.batches.global_batch_size_at) as loader:
+    with DataLoader(open_run_data(config).reader, run.share, plan.batches.global_batch_size_at) as loader:
         for number in range(WARMUP_STEPS + TIMED_STEPS):
             if number == WARMUP_STEPS:
                 start_gib = peak_gib()

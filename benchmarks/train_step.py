@@ -37,7 +37,7 @@ from benchmarks.kernel_shares import kernel_shares
 from data_tools.shard_writer import write_shard
 from nemotron_train.config.load import load_config
 from nemotron_train.config.schema import RunConfig
-from nemotron_train.data.batch import Batch, RankShare
+from nemotron_train.data.batch import Batch
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
@@ -127,10 +127,9 @@ def measure(name: str, precision: str, corpus: Path, profile: bool, overrides: l
     with held as groups, user_buffers(plan):
         run = build_runtime(plan, platform, groups)
         optimizer_gib = optimizer_bytes(run) / 2**30
-        share = RankShare(dp_rank=groups.dp.rank(), dp_size=groups.dp.size(), micro_batch_size=1)
         data = open_run_data(config)
         figures: dict[str, object] = {"precision": precision, "device": device_name()}
-        with DataLoader(data.reader, share, plan.batches.global_batch_size_at) as loader:
+        with DataLoader(data.reader, run.share, plan.batches.global_batch_size_at) as loader:
 
             def micro_batches() -> list[Batch]:
                 return [next(loader) for _ in range(plan.batches.num_micro_batches_at(0))]

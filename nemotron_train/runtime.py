@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemotron_train.data.batch import RankShare
+from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.engine.captured_passes import CapturedPasses
 from nemotron_train.engine.groups import Groups
 from nemotron_train.engine.optimizer import Optimizer
@@ -20,6 +22,16 @@ class Runtime:
     chunks: Sequence[ModelChunk]  # one per virtual pipeline stage of this rank
     optimizer: Optimizer
     captured: CapturedPasses | None = None  # takes training's passes, where train.cuda_graphs asks for it
+
+    @property
+    def share(self) -> RankShare:
+        """What this rank reads of every global batch."""
+        return RankShare(
+            dp_rank=self.groups.dp.rank(),
+            dp_size=self.groups.dp.size(),
+            micro_batch_size=self.plan.config.train.micro_batch_size,
+            part=SequencePart(self.groups.cp.rank(), self.groups.cp.size()),
+        )
 
     def close(self) -> None:
         """End what must end before the process groups do. Not after an error: it waits for the GPU."""

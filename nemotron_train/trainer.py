@@ -24,12 +24,11 @@ from nemotron_train.checkpoint.saver import Saver
 from nemotron_train.checkpoint.store import load_checkpoint
 from nemotron_train.config.load import write_resolved
 from nemotron_train.config.schema import Recompute
-from nemotron_train.data.batch import Batch, RankShare
+from nemotron_train.data.batch import Batch
 from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
-from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.engine.captured_passes import CapturedPasses
 from nemotron_train.engine.groups import Groups, any_rank_each, from_rank_zero
 from nemotron_train.engine.layer_parts import choose_layer_parts
@@ -51,6 +50,7 @@ from nemotron_train.observe.throughput import StepSpeed, StepTimer
 from nemotron_train.observe.writers import Writers, build_writers
 from nemotron_train.ops.implementations import best_operations
 from nemotron_train.optim.parameter_groups import VECTOR_GROUPS
+from nemotron_train.plan.ranges import SKIPPED_STEPS_KEPT
 from nemotron_train.plan.run_plan import RunPlan
 from nemotron_train.platform.device import Platform
 from nemotron_train.platform.signals import StopRequest
@@ -86,12 +86,6 @@ class Trainer:
         """
         self.run, self.data, self.stop, self.is_reporter = run, data, stop, is_reporter
         self.config, self.batch_plan = run.plan.config, run.plan.batches
-        self.share = RankShare(
-            dp_rank=run.groups.dp.rank(),
-            dp_size=run.groups.dp.size(),
-            micro_batch_size=self.config.train.micro_batch_size,
-            part=SequencePart(run.groups.cp.rank(), run.groups.cp.size()),
-        )
         self.ledger = ConsumptionLedger(Path(self.config.run.dir), data.blend) if is_reporter else None
 
     def train(self) -> bool:
@@ -114,7 +108,7 @@ class Trainer:
         try:
             with DataLoader(
                 self.data.reader,
-                self.share,
+                self.run.share,
                 self.batch_plan.global_batch_size_at,
                 progress.consumed_tokens,
                 self.data.eod_id,
@@ -211,7 +205,9 @@ class Trainer:
         if self.data.has_heldout:
             train = self.config.train
             batches: Sequence[Batch] = list(
-                heldout_batches(self.data.heldout, train.eval_tokens, train.seq_length, self.share, self.data.eod_id)
+                heldout_batches(
+                    self.data.heldout, train.eval_tokens, train.seq_length, self.run.share, self.data.eod_id
+                )
             )
             began = time.perf_counter()
             losses = self.loss_record("eval_loss", evaluate(self.run, batches))
@@ -271,12 +267,13 @@ def outliving_the_disk(what: str) -> Iterator[None]:
 
 def advance(progress: Progress, step_tokens: int, result: StepResult) -> Progress:
     """Count a step; a skipped one consumes its tokens too."""
+    skipped_at = (*progress.skipped_at, progress.step + 1)
     return replace(
         progress,
         step=progress.step + 1,
         consumed_tokens=progress.consumed_tokens + step_tokens,
         skipped_steps=progress.skipped_steps + (not result.updated),
-        skipped_at=progress.skipped_at if result.updated else (*progress.skipped_at, progress.step + 1)[-1000:],
+        skipped_at=progress.skipped_at if result.updated else skipped_at[-SKIPPED_STEPS_KEPT:],
     )
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from nemotron_train.config.schema import RunConfig
-from nemotron_train.data.batch import Batch, RankShare, build_batch, take_part
+from nemotron_train.data.batch import Batch, build_batch, take_part
 from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.run_data import open_run_data
-from nemotron_train.data.sequence_part import SequencePart
 from nemotron_train.evaluate import evaluate, pad_to_multiple
 from nemotron_train.loss import MeanLoss, add_reports, mean_loss, sum_losses
 from nemotron_train.plan.run_plan import plan_run
@@ -112,12 +111,7 @@ def evaluate_twice(config: RunConfig) -> tuple[list[MeanLoss], Arrays, bool]:
     """Held-out losses before and after two training steps; the weights at the end; whether the model still trains."""
     data, means = open_run_data(config), []
     with live_run(config) as run:
-        share = RankShare(
-            dp_rank=run.groups.dp.rank(),
-            dp_size=run.groups.dp.size(),
-            micro_batch_size=config.train.micro_batch_size,
-            part=SequencePart(run.groups.cp.rank(), run.groups.cp.size()),
-        )
+        share = run.share
         heldout = list(heldout_batches(data.heldout, config.train.eval_tokens, SEQ, share))
         means.append(evaluate(run, heldout))
         for step in (3, 4):  # past the first step, whose rate is 0
@@ -188,8 +182,7 @@ def test_evaluation_is_the_mean_over_the_real_windows(
 def test_evaluation_does_not_depend_on_the_layout(
     ranks: RankPool, corpus: Path, alone: tuple[list[MeanLoss], Arrays, bool], layout: str
 ) -> None:
-    """Fails if a rank's share counts twice, uneven shares end unevenly, or weights are used that other ranks updated
-    since."""
+    """Fails if a rank's share counts twice, uneven shares end unevenly, or overlapped gathers do not go with it."""
     world_size, parallel = LAYOUTS[layout]
     for means, _, still_training in ranks.run(evaluate_twice, world_size, heldout_config(corpus, parallel)):
         assert [mean.tokens for mean in means] == [WINDOWS * SEQ] * 2

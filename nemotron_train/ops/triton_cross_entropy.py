@@ -31,7 +31,7 @@ class _CrossEntropy(torch.autograd.Function):
         tokens, size = logits_Tv.shape
         index_T = labels.flatten() - size * (0 if group is None else group.rank())
         sums_3T = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)
-        _sums[(tokens,)](
+        cross_entropy_sums[(tokens,)](
             logits_Tv, index_T, sums_3T, logits_Tv.stride(0), size, BLOCK=_block(_FORWARD_BLOCK, size), num_warps=4
         )
         log_sum_T, own_T = _over_ranks(sums_3T, group)
@@ -46,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
         d_Tv, ctx.logits_Tv = ctx.logits_Tv, None
         tokens, size = d_Tv.shape
         block = _block(_BACKWARD_BLOCK, size)
-        _gradient[(tokens, triton.cdiv(size, block))](
+        cross_entropy_gradient[(tokens, triton.cdiv(size, block))](
             d_Tv, index_T, log_sum_T, dloss.flatten(), d_Tv.stride(0), size, BLOCK=block, num_warps=8
         )
         return d_Tv.view(ctx.shape), None, None
@@ -67,7 +67,7 @@ def _block(most: int, size: int) -> int:
 
 
 @triton.jit
-def _sums(logits, index, sums, row_stride, size, BLOCK: tl.constexpr):
+def cross_entropy_sums(logits, index, sums, row_stride, size, BLOCK: tl.constexpr):
     """Find a token's largest logit, the sum of exp(logit - largest), and its label's logit, 0 if that is elsewhere."""
     row, tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
@@ -86,7 +86,7 @@ def _sums(logits, index, sums, row_stride, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gradient(logits, index, log_sum, dloss, row_stride, size, BLOCK: tl.constexpr):
+def cross_entropy_gradient(logits, index, log_sum, dloss, row_stride, size, BLOCK: tl.constexpr):
     """Put (softmax - one at the label) times the loss's gradient in the place of a block of one token's logits."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = logits + row * row_stride + at

@@ -16,7 +16,7 @@ def gated_norm(y_RI: Tensor, z_RI: Tensor, weight_I: Tensor, groups: int, epsilo
     rows, inner = y_RI.shape
     out, scale = torch.empty_like(y_RI), y_RI.new_empty(rows, groups, dtype=torch.float32)
     width = inner // groups
-    _forward[(rows, groups)](
+    gated_norm_forward[(rows, groups)](
         y_RI, z_RI, weight_I, out, scale, z_RI.stride(0), epsilon,
         inner=inner, W=width, BLOCK=triton.next_power_of_2(width), num_warps=2,
     )  # fmt: skip
@@ -31,7 +31,7 @@ def gated_norm_gradients(
     dy, programs = torch.empty_like(y_RI), max(1, min(rows, _PROGRAMS // groups))
     d_weight = y_RI.new_empty(programs, inner, dtype=torch.float32)
     width = inner // groups
-    _backward[(programs, groups)](
+    gated_norm_backward[(programs, groups)](
         dout_RI, y_RI, z_RI, weight_I, scale_RG, dy, dz_RI, d_weight, rows, z_RI.stride(0), dz_RI.stride(0),
         inner=inner, W=width, G=groups, ROWS=triton.cdiv(rows, programs),
         BLOCK=triton.next_power_of_2(width), num_warps=4,
@@ -40,7 +40,7 @@ def gated_norm_gradients(
 
 
 @triton.jit
-def _forward(
+def gated_norm_forward(
     y, z, weight, out, scale, z_row, epsilon,
     inner: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def gated_norm_backward(
     dout, y, z, weight, scale, dy, dz, d_weight,
     rows, z_row, dz_row,
     inner: tl.constexpr, W: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -17,13 +17,13 @@ def add_rows(table_VD: Tensor, index_T: Tensor, rows_TD: Tensor) -> None:
     index, order = index_T.sort(stable=True)
     tokens, width = rows_TD.shape
     block = min(1024, triton.next_power_of_2(width))
-    _add_rows[(tokens, triton.cdiv(width, block))](
+    add_up_rows[(tokens, triton.cdiv(width, block))](
         table_VD, index, order, rows_TD, tokens, width, BLOCK=block, num_warps=4
     )
 
 
 @triton.jit
-def _add_rows(table, index, order, rows, tokens, width, BLOCK: tl.constexpr):
+def add_up_rows(table, index, order, rows, tokens, width, BLOCK: tl.constexpr):
     """Sum the tokens of one index, if it is the first of them that the program stands at."""
     first, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     own = tl.load(index + first)

@@ -36,6 +36,7 @@ COUNT = Range(1)
 COUNT_OR_NONE = Range(0)
 POSITIVE = Range(0, low_open=True)
 FRACTION = Range(0, 1, high_open=True)
+SKIPPED_STEPS_KEPT = 1000  # by number, with a run's progress; a longer row of them could not be seen
 
 RANGES = {
     "run.seed": Range(0, 2**63 - 1),
@@ -88,7 +89,7 @@ RANGES = {
     "train.batch_schedule[].global_batch_size": COUNT,
     "train.eval_every_steps": COUNT_OR_NONE,
     "train.eval_tokens": COUNT,
-    "train.max_skipped_steps": COUNT,
+    "train.max_skipped_steps": Range(1, SKIPPED_STEPS_KEPT - 1),
     "checkpoint.every_steps": COUNT_OR_NONE,
     "checkpoint.keep_last": COUNT_OR_NONE,
     "checkpoint.keep_every_tokens": COUNT_OR_NONE,

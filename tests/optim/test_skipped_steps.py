@@ -13,9 +13,12 @@ import torch
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.errors import NumericsError
+from nemotron_train.loss import MeanLoss
+from nemotron_train.plan.ranges import RANGES
 from nemotron_train.platform.signals import StopRequest
-from nemotron_train.runtime import Runtime
-from nemotron_train.trainer import Trainer
+from nemotron_train.runtime import Progress, Runtime
+from nemotron_train.step import StepResult
+from nemotron_train.trainer import Trainer, advance
 from tests.engine.live import Arrays, live_run, named_parameters, to_array, weights_of
 from tests.ranks import RankPool
 from tests.small_runs import read_metrics, small_config
@@ -115,3 +118,13 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(ranks: RankPool, corpus: Pa
         assert "3 steps in a row, up to step 7" in error
         assert "The weights are those of step 4" in error
         assert "train.max_skipped_steps=2" in error
+
+
+def test_the_longest_row_that_may_be_asked_for_is_seen() -> None:
+    """Fails if a limit can be set that the numbers of skipped steps, which are not kept for ever, cannot pass."""
+    limit = int(RANGES["train.max_skipped_steps"].high)
+    skipped = StepResult(MeanLoss(0.0, (), 0), grad_norm=math.inf, learning_rate=0.0, updated=False)
+    progress = Progress()
+    for _ in range(limit + 1):
+        progress = advance(progress, 8, skipped)
+    assert progress.skipped_in_a_row > limit

@@ -27,9 +27,9 @@ TINY = (
 NAMES = ("slice_bf16_8k", "slice_fp8_block_16k_full")
 
 
-def _measure(corpus: Path, output: Path) -> list[dict[str, Any]]:
+def _measure(corpus: Path, output: Path, *overrides: str) -> list[dict[str, Any]]:
     me = launched_rank()
-    place = planner_points.Place(me, choose_platform(me), H200, corpus, TINY)
+    place = planner_points.Place(me, choose_platform(me), H200, corpus, (*TINY, *overrides))
     return planner_points.measure_points(NAMES, place, output)
 
 
@@ -43,6 +43,17 @@ def test_points_are_measured_one_after_the_other_in_one_process(ranks: RankPool,
         assert record["planned_ms"] == pytest.approx(sum(record["planned_parts_ms"].values()))
         assert record["measured_ms"] in [pytest.approx(spent, abs=0.06) for spent in record["steps_ms"][2:]]
         assert len(set(record["losses"])) > 1, "the steps did not train"
+
+
+def test_a_step_takes_its_whole_batch(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if fewer samples run than are counted as tokens, as they would with the share of another micro-batch."""
+    write_corpus(tmp_path, VOCAB)
+    losses = []
+    for size in (1, 2):
+        sizes = ("train.global_batch_size=4", f"train.micro_batch_size={size}")
+        (records,) = ranks.run(_measure, 1, tmp_path, tmp_path / f"{size}.jsonl", *sizes)
+        losses.append(records[0]["losses"])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
 
 
 @pytest.mark.parametrize("name", planner_points.POINTS)
