@@ -23,7 +23,9 @@ from torch.nn import functional
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-from nemotron_train.ops.implementations import operations
+from nemotron_train.ops.causal_conv import causal_conv_silu
+from nemotron_train.ops.gated_norm import gated_rms_norm
+from nemotron_train.ops.ssd import ssd
 
 OURS_CHUNKS = (16, 32, 64, 128)
 THEIR_CHUNKS = (32, 64, 128)
@@ -74,12 +76,11 @@ def build_mixer(case: Case, chunk_size: int) -> NemotronHMamba2Mixer:
 
 def our_mixer(mixer: NemotronHMamba2Mixer, x: Tensor, chunk_size: int) -> Tensor:
     """Run our operations with the weights of transformers' mixer."""
-    ops = operations("torch")
     heads, groups, inner = mixer.num_heads, mixer.n_groups, mixer.intermediate_size
     z, xBC, dt = mixer.in_proj(x).split([inner, mixer.conv_dim, heads], dim=-1)
-    xBC = ops.causal_conv_silu(xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
+    xBC = causal_conv_silu(xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
     x, B, C = xBC.split([inner, *[groups * mixer.ssm_state_size] * 2], dim=-1)
-    y = ops.ssd(
+    y = ssd(
         x.unflatten(-1, (heads, -1)),
         functional.softplus(dt + mixer.dt_bias),
         -mixer.A_log.exp(),
@@ -89,7 +90,7 @@ def our_mixer(mixer: NemotronHMamba2Mixer, x: Tensor, chunk_size: int) -> Tensor
         chunk_size=chunk_size,
     )
     epsilon = mixer.norm.variance_epsilon
-    return mixer.out_proj(ops.gated_rms_norm(y.flatten(2), z, mixer.norm.weight, num_groups=groups, epsilon=epsilon))
+    return mixer.out_proj(gated_rms_norm(y.flatten(2), z, mixer.norm.weight, num_groups=groups, epsilon=epsilon))
 
 
 def fastest_seconds(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

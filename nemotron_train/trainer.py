@@ -29,8 +29,9 @@ from nemotron_train.data.heldout import heldout_batches
 from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
+from nemotron_train.engine.agreement import any_rank_each, from_rank_zero
 from nemotron_train.engine.captured_passes import CapturedPasses
-from nemotron_train.engine.groups import Groups, any_rank_each, from_rank_zero
+from nemotron_train.engine.groups import Groups
 from nemotron_train.engine.layer_parts import choose_layer_parts
 from nemotron_train.engine.mcore_config import (
     build_ddp_config,

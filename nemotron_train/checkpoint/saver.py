@@ -24,7 +24,7 @@ from nemotron_train.checkpoint.retention import drop_old_checkpoints
 from nemotron_train.checkpoint.store import StartedSave, commit_save, finish_save, gather_reports, start_save
 from nemotron_train.checkpoint.torch_dist import AgreedPlan
 from nemotron_train.data.blend import BlendPlan
-from nemotron_train.engine.groups import from_rank_zero
+from nemotron_train.engine.agreement import from_rank_zero
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Progress, Runtime
 

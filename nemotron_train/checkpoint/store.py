@@ -45,7 +45,7 @@ from nemotron_train.checkpoint.torch_dist import (
 from nemotron_train.checkpoint.weights_only import holds_only_weights
 from nemotron_train.config.keys import plain
 from nemotron_train.config.load import fingerprint
-from nemotron_train.engine.groups import from_rank_zero, on_all_ranks
+from nemotron_train.engine.agreement import from_rank_zero, on_all_ranks
 from nemotron_train.engine.optimizer import allocate_state, load_state
 from nemotron_train.engine.wrap import weights_complete
 from nemotron_train.errors import CheckpointError

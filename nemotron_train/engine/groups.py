@@ -1,20 +1,19 @@
-"""Starts torch.distributed and Megatron-Core's process groups for a layout, and ends them on every path."""
+"""Starts torch.distributed and Megatron-Core's process groups for a layout, and ends them where a run did not fail."""
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nemotron_train.engine.megatron_on_cpu import run_megatron_on_cpu
-from nemotron_train.errors import CheckpointError, ConfigError, NemotronTrainError
+from nemotron_train.errors import ConfigError
 from nemotron_train.plan.layout import Layout
 from nemotron_train.platform.device import Platform
 from nemotron_train.platform.ranks import LaunchedRank
@@ -31,8 +30,7 @@ def process_groups(
     """Hold the process groups of a layout for the length of a `with` block.
 
     After an error they are left as they are: tearing them down would wait for other ranks, and would close connections
-    before
-    this rank has said why it fails.
+    before this rank has said why it fails.
 
     Args:
         fingerprint: of all that decides what a rank does; compared before ranks make groups that would not fit
@@ -103,60 +101,6 @@ def check_same_on_all_ranks(fingerprint: str) -> None:
     different = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if different:
         raise ConfigError(
-            f"Ranks {different} have another configuration or other data ({fingerprints[different[0]][:12]}) than rank "
-            "0 "
-            f"({fingerprints[0][:12]}). "
-            "All ranks must see the same recipes, overrides and data."
+            f"Ranks {different} have another configuration or other data ({fingerprints[different[0]][:12]}) than "
+            f"rank 0 ({fingerprints[0][:12]}). All ranks must see the same recipes, overrides and data."
         )
-
-
-def any_rank_each(values: Sequence[bool], device: torch.device) -> list[bool]:
-    """Whether each of the values is true on any rank; every rank gets the same answers."""
-    flags = torch.tensor([int(value) for value in values], device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
-
-
-Result = TypeVar("Result")
-
-
-def from_rank_zero(act: Callable[[], Result]) -> Result:
-    """Let rank 0 look at or change the disk and tell all ranks what came of it, so that they go on, or fail, together.
-
-    Raises:
-        NemotronTrainError: on every rank, if rank 0's `act` raised it. An OSError there becomes a CheckpointError.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = act()
-        except NemotronTrainError as error:
-            outcome[1] = error
-        except OSError as error:
-            outcome[1] = CheckpointError(str(error))
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_all_ranks(act: Callable[[], Result]) -> Result:
-    """Let every rank read or change something of its own, and go on only if all of them could.
-
-    Raises:
-        NemotronTrainError: on every rank, if any rank's `act` raised it: the first rank's. An OSError there becomes a
-            CheckpointError.
-    """
-    result, problem = None, None
-    try:
-        result = act()
-    except NemotronTrainError as error:
-        problem = error
-    except OSError as error:
-        problem = CheckpointError(str(error))
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((problem for problem in problems if problem is not None), None)
-    if first is not None:
-        raise first
-    return result  # type: ignore[return-value]

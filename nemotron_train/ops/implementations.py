@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from nemotron_train.errors import ConfigError
-from nemotron_train.ops.causal_conv import causal_conv_silu
 from nemotron_train.ops.cross_entropy import cross_entropy
 from nemotron_train.ops.documents import Documents
 from nemotron_train.ops.gated_norm import gated_rms_norm
 from nemotron_train.ops.mamba_core import CoreWeights, MixerSizes, mamba_core
 from nemotron_train.ops.scan_part import conv_scan
 from nemotron_train.ops.squared_relu import squared_relu
-from nemotron_train.ops.ssd import ssd
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,6 @@ class Operations:
     """The operations of one implementation, with the signatures and meaning of the functions of their names."""
 
     name: str  # as it stands in the log
-    ssd: Callable[..., Tensor]
-    causal_conv_silu: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_rms_norm: Callable[..., Tensor]
     mamba_core: Callable[[Tensor, CoreWeights, MixerSizes, Documents | None], Tensor]
     conv_scan: Callable[[Tensor, CoreWeights, MixerSizes, Documents | None], Tensor]
@@ -33,8 +29,6 @@ class Operations:
 
 _TORCH = Operations(
     name="torch",
-    ssd=ssd,
-    causal_conv_silu=causal_conv_silu,
     gated_rms_norm=gated_rms_norm,
     mamba_core=mamba_core,
     conv_scan=conv_scan,

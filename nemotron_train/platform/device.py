@@ -1,5 +1,6 @@
 """Where this run computes: CUDA with NCCL, or CPU with gloo. Decided once, at start, by what the machine has."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +32,12 @@ def choose_platform(me: LaunchedRank) -> Platform:
     """
     if torch.cuda.is_available():
         if me.local_rank >= torch.cuda.device_count():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
             raise ConfigError(
-                f"Local rank {me.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. "
-                "Start at most one rank per GPU (--nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to "
-                "train on the CPU."
+                f"Local rank {me.local_rank} has no GPU: this process sees {torch.cuda.device_count()} "
+                f"(CUDA_VISIBLE_DEVICES: {visible}). Start at most one rank per GPU (--nproc-per-node); let every rank "
+                "of a Slurm job see all GPUs of its node (srun --gpu-bind=none, not --gpus-per-task); or hide the GPUs "
+                "with CUDA_VISIBLE_DEVICES= to train on the CPU."
             )
         torch.cuda.set_device(me.local_rank)
         return Platform(device=torch.device("cuda", me.local_rank), backend="nccl")

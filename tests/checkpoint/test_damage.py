@@ -13,7 +13,7 @@ from nemotron_train.checkpoint.commit import COMMIT_FILE, REASON_FILE, DamagedCh
 from nemotron_train.checkpoint.whole_weights import read_whole_weights
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.run_data import open_run_data
-from nemotron_train.engine.groups import from_rank_zero
+from nemotron_train.engine.agreement import from_rank_zero
 from nemotron_train.errors import CheckpointError
 from tests.checkpoint.saved_runs import copy_run, digest, fill, filled_step, save_steps, tiny_config, trainer_of
 from tests.engine.live import live_run

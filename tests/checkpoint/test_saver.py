@@ -20,7 +20,7 @@ from nemotron_train.checkpoint.retention import drop_old_checkpoints
 from nemotron_train.checkpoint.saver import Saver
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.run_data import open_run_data
-from nemotron_train.engine.groups import any_rank_each, from_rank_zero
+from nemotron_train.engine.agreement import any_rank_each, from_rank_zero
 from nemotron_train.errors import CheckpointError
 from nemotron_train.runtime import Runtime
 from tests.checkpoint.saved_runs import fill, filled_step, progress_at, saver_of, tiny_config, trainer_of
