@@ -30,7 +30,7 @@ from nemotron_train.data.ledger import ConsumptionLedger
 from nemotron_train.data.loader import DataLoader
 from nemotron_train.data.run_data import RunData
 from nemotron_train.engine.agreement import any_rank_each, from_rank_zero
-from nemotron_train.engine.captured_passes import CapturedPasses
+from nemotron_train.engine.captured_passes import CapturedPasses, graph_safe_generators
 from nemotron_train.engine.groups import Groups
 from nemotron_train.engine.layer_parts import choose_layer_parts
 from nemotron_train.engine.mcore_config import (
@@ -68,7 +68,7 @@ def build_runtime(plan: RunPlan, platform: Platform, groups: Groups) -> Runtime:
     logger.info("Layers: %s. Operations: %s.", parts.name, ops.name)
     captured = None
     if config.train.cuda_graphs:
-        captured = CapturedPasses(config.run.seed, in_pipeline=plan.layout.pipeline > 1)
+        captured = CapturedPasses(graph_safe_generators(config.run.seed), in_pipeline=plan.layout.pipeline > 1)
     transformer_config = build_transformer_config(plan, ops, parts)
     chunks = build_model_chunks(plan, transformer_config, parts, ops, groups)
     wrapped = wrap_in_data_parallel(chunks, transformer_config, build_ddp_config(config), groups)

@@ -10,7 +10,7 @@ micro-batches. A pipeline's schedule interleaves them, and its graph holds the w
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,14 @@ from nemotron_train.data.batch import Batch
 logger = logging.getLogger(__name__)
 
 Passes = Callable[[Sequence[Batch], Tensor], list[Any]]  # micro-batches on the device, real tokens -> reports
+Generators = Callable[[], Mapping[str, torch.Generator]]  # those in use, by name
+
+
+def graph_safe_generators(seed: int) -> Generators:
+    """Give Megatron-Core random generators of the kind that a graph takes. Nothing draws from them; recomputation saves
+    and restores them."""
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=True, force_reset_rng=True)
+    return get_all_rng_states
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,11 @@ class CapturedPasses:
     cannot be captured, and a gradient is accumulated on the stream on which its parameter was first used.
     """
 
-    def __init__(self, seed: int, *, in_pipeline: bool) -> None:
-        # Recomputation saves and restores the random generators, which nothing draws from. A graph takes a kind of its
-        # own.
-        model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=True, force_reset_rng=True)
-        self._in_pipeline = in_pipeline
+    def __init__(self, generators: Generators, *, in_pipeline: bool) -> None:
+        """Args:
+        generators: every graph is told of them, so that what recomputation does to them is part of it.
+        """
+        self._generators, self._in_pipeline = generators, in_pipeline
         self._outer = torch.cuda.current_stream()
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(self._outer)
@@ -77,7 +85,7 @@ class CapturedPasses:
             return passes(on_device, tokens_in_step)
         if self._captured is None:
             tokens = tokens_in_step.clone()
-            parts = capture(passes, needed, tokens, one_each=not self._in_pipeline)
+            parts = capture(passes, needed, tokens, self._generators, one_each=not self._in_pipeline)
             self._captured = _Captured(parts, tokens)
         self._captured.tokens_in_step.copy_(tokens_in_step)
         reports: list[Any] = []
@@ -137,7 +145,9 @@ class Watched(Sequence[Batch]):
             yield batch
 
 
-def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor, *, one_each: bool) -> list[_Part]:
+def capture(
+    passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor, generators: Generators, *, one_each: bool
+) -> list[_Part]:
     """Let `passes` say what they do, without doing it.
 
     Args:
@@ -155,7 +165,7 @@ def capture(passes: Passes, batches: Sequence[Batch], tokens_in_step: Tensor, *,
     def begin_graph() -> None:
         capturing.close()
         graph = torch.cuda.CUDAGraph()
-        for generator in get_all_rng_states().values():  # recomputation saves and restores them
+        for generator in generators().values():
             graph.register_generator_state(generator)
         # Errors of this thread alone: another one watches over collectives, and may call CUDA meanwhile.
         stream = torch.cuda.current_stream()

@@ -24,14 +24,24 @@ from tests.engine.live import live_run, micro_batches, random_samples
 from tests.ranks import RankPool
 from tests.small_runs import logged, read_metrics, small_config, trainer_of
 
+GENERATOR = torch.Generator()
+
+
+def generators() -> dict[str, torch.Generator]:
+    return {"model": GENERATOR}
+
 
 class Graph:
     def __init__(self, log: "Log") -> None:
-        self.log, self.work = log, list[Callable[[], None]]()
+        self.log, self.work, self.generators = log, list[Callable[[], None]](), list[torch.Generator]()
         self.name = f"graph {log.graphs}"
         log.graphs += 1
 
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generators.append(generator)
+
     def replay(self) -> None:
+        assert self.generators == list(generators().values()), "recomputation would change those outside"
         self.log.append(self.name)
         for work in self.work:
             work()
@@ -86,10 +96,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         monkeypatch.setattr(torch.cuda, name, lambda: stream)
     for name in ("set_stream", "synchronize", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
-    monkeypatch.setattr(captured_passes, "model_parallel_cuda_manual_seed", lambda seed, **options: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(log))
     monkeypatch.setattr(torch.cuda, "graph", Capturing)
-    monkeypatch.setattr(captured_passes, "get_all_rng_states", dict)
     return log
 
 
@@ -108,9 +116,10 @@ FIRST, BETWEEN, LAST = "graph 0", "graph 1", "graph 2"
 
 
 def test_a_graph_does_for_all_micro_batches_between_the_first_and_the_last(log: Log) -> None:
-    """Fails if a graph is captured before its kernels have run, holds more than its micro-batch, or leaves one
-    micro-batch the tokens or the report of another; or if a larger batch is captured again."""
-    captured = CapturedPasses(seed=1, in_pipeline=False)
+    """Fails if a graph is captured before its kernels have run, holds more than its micro-batch, knows no random
+    generators, or leaves one micro-batch the tokens or the report of another; or if a larger batch is captured
+    again."""
+    captured = CapturedPasses(generators, in_pipeline=False)
     assert step(captured, log, 4) == ["run"]
     assert step(captured, log, 4) == ["capture 3", FIRST, BETWEEN, BETWEEN, LAST]
     assert step(captured, log, 4) == [FIRST, BETWEEN, BETWEEN, LAST]
@@ -122,7 +131,7 @@ def test_a_graph_does_for_all_micro_batches_between_the_first_and_the_last(log: 
 def test_fewer_micro_batches_have_a_graph_each(log: Log, micro_batches: int) -> None:
     """Fails if the only micro-batch is captured as the first of more, or a second one as one before a third: neither
     would reduce gradients."""
-    captured = CapturedPasses(seed=1, in_pipeline=False)
+    captured = CapturedPasses(generators, in_pipeline=False)
     graphs = [FIRST, BETWEEN][:micro_batches]
     expected = [["run"], [f"capture {micro_batches}", *graphs], graphs]
     assert [step(captured, log, micro_batches) for _ in range(3)] == expected
@@ -130,7 +139,7 @@ def test_fewer_micro_batches_have_a_graph_each(log: Log, micro_batches: int) -> 
 
 def test_a_pipeline_has_one_graph_for_its_step(log: Log) -> None:
     """Fails if micro-batches that a pipeline interleaves are taken apart, or a graph does for another number."""
-    captured = CapturedPasses(seed=1, in_pipeline=True)
+    captured = CapturedPasses(generators, in_pipeline=True)
     assert [step(captured, log, 4) for _ in range(3)] == [["run"], ["capture 4", "graph 0"], ["graph 0"]]
     assert [step(captured, log, 6) for _ in range(2)] == [["reset graph 0", "run"], ["capture 6", "graph 1"]]
 
@@ -138,7 +147,7 @@ def test_a_pipeline_has_one_graph_for_its_step(log: Log) -> None:
 @pytest.mark.parametrize("in_pipeline", [False, True])
 def test_samples_of_another_length_are_captured_anew(log: Log, in_pipeline: bool) -> None:
     """Fails if longer samples go through graphs of shorter ones, or those are kept beside."""
-    captured = CapturedPasses(seed=1, in_pipeline=in_pipeline)
+    captured = CapturedPasses(generators, in_pipeline=in_pipeline)
     for _ in range(2):
         step(captured, log, 2)
     first, second = step(captured, log, 2, seq_length=16), step(captured, log, 2, seq_length=16)
@@ -149,7 +158,7 @@ def test_samples_of_another_length_are_captured_anew(log: Log, in_pipeline: bool
 
 def test_a_closed_run_holds_no_graph(log: Log) -> None:
     """Fails if process groups would end while a graph holds their communicators."""
-    captured = CapturedPasses(seed=1, in_pipeline=False)
+    captured = CapturedPasses(generators, in_pipeline=False)
     for _ in range(2):
         step(captured, log, 3)
     log.clear()
@@ -195,7 +204,7 @@ def test_a_failed_capture_names_the_option(log: Log) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing\. train\.cuda_graphs=false"):
-        captured_passes.capture(passes, [], torch.ones(()), one_each=True)
+        captured_passes.capture(passes, [], torch.ones(()), generators, one_each=True)
 
 
 def gradients_when_the_next_is_taken(config: RunConfig) -> list[float]:
