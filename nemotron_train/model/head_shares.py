@@ -37,9 +37,8 @@ class HeadShares:
 
     def take(self, xBCdt_sBf: Tensor) -> Tensor:
         """Return x, B, C and dt of this rank's share, for the whole sequence in order."""
-        whole = self._whole
-        of_groups = whole.groups * whole.state
-        x, B, C, dt = xBCdt_sBf.split([whole.inner, of_groups, of_groups, whole.heads], dim=-1)
+        xBC, dt = xBCdt_sBf.split([self._whole.conv_channels, self._whole.heads], dim=-1)
+        x, B, C = self._whole.split_channels(xBC)
         by_rank = zip(self._heads(x, -1), self._groups(B, -1), self._groups(C, -1), self._heads(dt, -1), strict=True)
         return to_features(cat(list(chain.from_iterable(by_rank)), dim=-1), self._group)
 
@@ -59,8 +58,8 @@ class HeadShares:
         )
 
     def _conv_rows(self, rows: Tensor) -> Tensor:
-        rank, of_groups = self._group.rank(), self._whole.groups * self._whole.state
-        x, B, C = rows.split([self._whole.inner, of_groups, of_groups])
+        rank = self._group.rank()
+        x, B, C = self._whole.split_channels(rows, dim=0)
         return cat([self._heads(x, 0)[rank], self._groups(B, 0)[rank], self._groups(C, 0)[rank]])
 
     def _heads(self, t: Tensor, dim: int) -> Sequence[Tensor]:

@@ -43,6 +43,15 @@ class MixerSizes:
     def conv_channels(self) -> int:
         return self.inner + 2 * self.groups * self.state
 
+    def split_projection(self, zxBCdt: Tensor) -> tuple[Tensor, ...]:
+        """Cut the last dimension into z, xBC and dt."""
+        return zxBCdt.split([self.inner, self.conv_channels, self.heads], dim=-1)
+
+    def split_channels(self, xBC: Tensor, dim: int = -1) -> tuple[Tensor, ...]:
+        """Cut the channels of the convolution into x, B and C."""
+        of_groups = self.groups * self.state
+        return xBC.split([self.inner, of_groups, of_groups], dim)
+
 
 class CoreWeights(NamedTuple):
     conv_CK: Tensor
@@ -70,7 +79,7 @@ class _MambaCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, zxBCdt: Tensor, *arguments: Any) -> Tensor:
         weights, sizes = CoreWeights(*arguments[:-1]), arguments[-1]
-        z, xBC, dt = _parts(zxBCdt, sizes)
+        z, xBC, dt = sizes.split_projection(zxBCdt)
         convolved, sums = convolve(xBC, weights.conv_CK, weights.conv_bias_C)
         step = functional.softplus(dt.to(sums.dtype) + weights.dt_bias_H)
         y, kept = scan(_scan_tensors(convolved, step, weights, sizes), sizes.chunk)
@@ -85,9 +94,9 @@ class _MambaCore(torch.autograd.Function):
         zxBCdt, *rest = ctx.saved_tensors
         weights, sizes = CoreWeights(*rest[:6]), ctx.sizes
         sums, convolved, step, states, past, y, scale = rest[6:]
-        z, xBC, dt = _parts(zxBCdt, sizes)
+        z, xBC, dt = sizes.split_projection(zxBCdt)
         d_zxBCdt = torch.empty_like(zxBCdt)
-        dz, dxBC, ddt = _parts(d_zxBCdt, sizes)
+        dz, dxBC, ddt = sizes.split_projection(d_zxBCdt)
         dy, d_convolved, d_step = (torch.empty_like(t) for t in (y, convolved, step))
         d_norm = gated_norm_gradients(dout, y, z, weights.norm_I, scale, out=(dy, dz))
         dA, dD = (torch.empty_like(t) for t in (weights.A_H, weights.D_H))
@@ -101,12 +110,7 @@ class _MambaCore(torch.autograd.Function):
         return d_zxBCdt, *(d.to(weight.dtype) for d, weight in zip(gradients, weights, strict=True)), None
 
 
-def _parts(zxBCdt_SBf: Tensor, sizes: MixerSizes) -> tuple[Tensor, ...]:
-    return zxBCdt_SBf.split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
-
-
 def _scan_tensors(xBC_SBC: Tensor, dt_SBH: Tensor, weights: CoreWeights, sizes: MixerSizes) -> ScanTensors:
-    of_groups = sizes.groups * sizes.state
-    x, B, C = xBC_SBC.split([sizes.inner, of_groups, of_groups], dim=-1)
+    x, B, C = sizes.split_channels(xBC_SBC)
     B_SBGN, C_SBGN = (t.unflatten(-1, (sizes.groups, sizes.state)) for t in (B, C))
     return ScanTensors(x.unflatten(-1, (sizes.heads, sizes.head_dim)), dt_SBH, weights.A_H, B_SBGN, C_SBGN, weights.D_H)

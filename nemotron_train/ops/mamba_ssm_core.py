@@ -44,8 +44,7 @@ def conv_scan(xBCdt_SBe: Tensor, weights: CoreWeights, sizes: MixerSizes, docume
     xBC_BCS = causal_conv1d_fn(
         xBC.contiguous().permute(1, 2, 0), weights.conv_CK, weights.conv_bias_C, number_BS, activation="silu"
     )
-    of_groups = sizes.groups * sizes.state
-    x, B, C = xBC_BCS.transpose(1, 2).split([sizes.inner, of_groups, of_groups], dim=-1)
+    x, B, C = sizes.split_channels(xBC_BCS.transpose(1, 2))
     y_BSHP = mamba_chunk_scan_combined(
         x.unflatten(-1, (sizes.heads, sizes.head_dim)),
         dt.transpose(0, 1),

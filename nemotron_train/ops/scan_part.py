@@ -22,8 +22,7 @@ def conv_scan(xBCdt_SBe: Tensor, weights: CoreWeights, sizes: MixerSizes, docume
     def run(part_SBe: Tensor) -> Tensor:
         xBC_BSC, dt_BSH = part_SBe.transpose(0, 1).split([sizes.conv_channels, sizes.heads], dim=-1)
         xBC_BSC = causal_conv_silu(xBC_BSC, weights.conv_CK, weights.conv_bias_C)
-        of_groups = sizes.groups * sizes.state
-        x, B, C = xBC_BSC.split([sizes.inner, of_groups, of_groups], dim=-1)
+        x, B, C = sizes.split_channels(xBC_BSC)
         B_BSGN, C_BSGN = (t.unflatten(-1, (sizes.groups, sizes.state)) for t in (B, C))
         x_BSHP = x.unflatten(-1, (sizes.heads, sizes.head_dim))
         step_BSH = functional.softplus(dt_BSH + weights.dt_bias_H)

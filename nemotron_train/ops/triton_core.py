@@ -35,7 +35,7 @@ class _MambaCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, zxBCdt: Tensor, *arguments: Any) -> Tensor:
         weights, sizes = CoreWeights(*arguments[:-1]), arguments[-1]
-        z, xBC, dt = _parts(zxBCdt, sizes)
+        z, xBC, dt = sizes.split_projection(zxBCdt)
         steps = step_sizes(dt, weights, sizes.chunk)
         y, kept = scan(_convolve(xBC, weights), steps, weights.D_H, sizes)
         out, scale = gated_norm(y.flatten(0, 1), z.flatten(0, 1), weights.norm_I, sizes.groups, sizes.epsilon)
@@ -47,9 +47,9 @@ class _MambaCore(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         zxBCdt, *rest = ctx.saved_tensors
         weights, kept, (y, scale), sizes = CoreWeights(*rest[:6]), Kept(Steps(*rest[6:8]), rest[8]), rest[9:], ctx.sizes
-        z, xBC, dt = _parts(zxBCdt, sizes)
+        z, xBC, dt = sizes.split_projection(zxBCdt)
         d_zxBCdt = torch.empty_like(zxBCdt)
-        dz, dxBC, ddt = _parts(d_zxBCdt, sizes)
+        dz, dxBC, ddt = sizes.split_projection(d_zxBCdt)
         dout, y, z, dz = (t.flatten(0, 1) for t in (dout.contiguous(), y, z, dz))
         dy, d_norm = gated_norm_gradients(dout, y, z, weights.norm_I, scale, dz)
         d_convolved, d_steps = scan_gradients(
@@ -72,7 +72,3 @@ def _convolve(xBC_SBC: Tensor, weights: CoreWeights) -> Tensor:
 
 def _channels_first(t_SBC: Tensor) -> Tensor:
     return t_SBC.permute(1, 2, 0)
-
-
-def _parts(zxBCdt_SBf: Tensor, sizes: MixerSizes) -> tuple[Tensor, ...]:
-    return zxBCdt_SBf.split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)

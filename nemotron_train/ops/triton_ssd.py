@@ -60,7 +60,7 @@ def step_sizes(raw_dt_SBH: Tensor, weights: CoreWeights, chunk: int) -> Steps:
 def scan(xBC_SBC: Tensor, steps: Steps, D_H: Tensor, sizes: MixerSizes) -> tuple[Tensor, Kept]:
     """Return y (S B I), in the dtype of xBC, and what the backward pass needs besides."""
     seq, batch, _ = xBC_SBC.shape
-    x, B, C = _split(xBC_SBC, sizes)
+    x, B, C = sizes.split_channels(xBC_SBC)
     y = torch.empty(seq, batch, sizes.inner, dtype=xBC_SBC.dtype, device=xBC_SBC.device)
     entering, _ = _carry(x, B, steps, sizes, entering=None)
     _outputs(_Operands(x, x, C, B), steps, D_H, entering, y, sizes, reverse=False)
@@ -79,9 +79,9 @@ def scan_gradients(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Fill d_raw_dt (S B H); return the gradients of xBC (S B C) and, in float32, of the bias of dt, A and D (H)."""
     seq, batch, _ = xBC_SBC.shape
-    x, B, C = _split(xBC_SBC, sizes)
+    x, B, C = sizes.split_channels(xBC_SBC)
     d_xBC = torch.empty_like(xBC_SBC)
-    dx, dB, dC = _split(d_xBC, sizes)
+    dx, dB, dC = sizes.split_channels(d_xBC)
     chunks, _, _ = _layout(seq, sizes)
     steps, entering = kept
     leaving, overlap = _carry(dy_SBI, C, steps, sizes, entering=entering)
@@ -170,8 +170,3 @@ def _heads_at_once(sizes: MixerSizes, chunks: int) -> int:
     while heads % 2 == 0 and chunks * sizes.heads // heads < _MANY_PROGRAMS:
         heads //= 2
     return heads
-
-
-def _split(xBC_SBC: Tensor, sizes: MixerSizes) -> tuple[Tensor, ...]:
-    of_groups = sizes.groups * sizes.state
-    return xBC_SBC.split([sizes.inner, of_groups, of_groups], dim=-1)
