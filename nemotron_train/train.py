@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nemotron_train.checkpoint.lock import lock_run_folder
+from nemotron_train.checkpoint.resume import check_named_folder
 from nemotron_train.config.load import fingerprint, load_config
 from nemotron_train.data.run_data import open_run_data
 from nemotron_train.engine.groups import process_groups
@@ -50,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str], me: LaunchedRank) -> int:
-    """Configuration, plan and data are checked before any process group starts."""
+    """Configuration, plan, data and the checkpoint's folder are checked before any process group starts."""
     config = load_config(arguments)
     plan = plan_run(config, me.world_size)
     logger.info("%s", describe(plan))
+    check_named_folder(config)
     data = open_run_data(config)
     lock = lock_writable(Path(config.run.dir)) if me.rank == 0 else nullcontext()
     platform = choose_platform(me)

@@ -9,6 +9,7 @@ from nemotron_train.checkpoint.commit import (
     Commit,
     DamagedCheckpoint,
     list_checkpoints,
+    newest_checkpoint,
     quarantine,
     quarantined,
     read_commit,
@@ -22,9 +23,43 @@ from nemotron_train.runtime import Progress
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # the folder in a run's that holds them
+
 
 def checkpoints_folder(config: RunConfig) -> Path:
-    return Path(config.run.dir) / "checkpoints"
+    return Path(config.run.dir) / CHECKPOINTS
+
+
+def check_named_folder(config: RunConfig) -> None:
+    """Refuse a folder in `checkpoint.resume` that cannot be a checkpoint, before anything is started for it.
+
+    Raises:
+        ConfigError: it does not exist, or holds checkpoints instead of being one.
+    """
+    if config.checkpoint.resume in ("auto", "never"):
+        return
+    named = Path(config.checkpoint.resume)
+    try:
+        named.stat()
+    except OSError as error:
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ConfigError(
+            f"checkpoint.resume={named} {problem}. Name a checkpoint, such as RUN_DIR/checkpoints/step_000000100, or "
+            "auto."
+        ) from error
+    in_run = named / CHECKPOINTS
+    if in_run.is_dir():
+        kind, checkpoints = "run folder", in_run
+    elif list_checkpoints(named) or named.name == CHECKPOINTS:
+        kind, checkpoints = "folder of checkpoints", named
+    else:
+        return
+    newest, _ = newest_checkpoint(checkpoints)
+    if newest is None:
+        raise ConfigError(f"checkpoint.resume={named} is a {kind} without a complete checkpoint. Name another one.")
+    raise ConfigError(
+        f"checkpoint.resume={named} is a {kind}; its newest checkpoint is {newest}. Name that one, or an older one."
+    )
 
 
 def choose_checkpoint(config: RunConfig) -> Path | None:

@@ -8,6 +8,7 @@ A run that starts from a checkpoint it was pointed to (`checkpoint.resume=FOLDER
 run with its own data, batch and rates: only the model must be the checkpoint's.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -194,8 +195,10 @@ def check_configuration(commit: Commit, config: RunConfig, *, is_new_run: bool) 
     can_allow = [difference.schema_key for difference, effect, _ in refused if effect is Effect.later]
     advice = "Restore them."
     if can_allow:
-        named = ",".join(dict.fromkeys(can_allow))
-        advice = f"Restore them, or say which are on purpose: checkpoint.allow_change=[{named}]."
+        named = dict.fromkeys([*config.checkpoint.allow_change, *can_allow])
+        # In quotes, for a shell and for Hydra, to which `[` in a bare word is the start of a list.
+        value = json.dumps(list(named), separators=(",", ":"))
+        advice = f"Restore them, or say which are on purpose: 'checkpoint.allow_change={value}'."
     if len(can_allow) < len(refused):
         advice += (
             " What would make the past another one cannot be allowed; start a new run from this checkpoint for it."

@@ -124,7 +124,7 @@ class WandbMode(str, Enum):
 class RunSection:
     name: str = MISSING  # what the run is called in titles and in wandb
     dir: str = "runs/${run.name}"  # everything the run writes; start the same command again to go on from it
-    seed: int = 1234  # initial weights, data order and dropout-free randomness follow from it; >= 0
+    seed: int = 1234  # initial weights and data order follow from it; >= 0
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class OptimSection:
     adam_beta1: float = 0.9  # decay of the mean of gradients a step, below 1
     adam_beta2: float = 0.95  # decay of the mean of squared gradients a step, below 1
     adam_epsilon: float = 1e-8  # added to the root of that mean
-    weight_decay: float = 0.1  # not applied to norms, biases, A_log, D, dt_bias
+    weight_decay: float = 0.1  # not applied to norms, biases, A_log, D, dt_bias, layer_scale
     clip_grad_norm: float = 1.0  # 0 = no clipping
     gradients: StateFormat = StateFormat.fp32  # what micro-batches are summed and ranks are reduced in
     moments: StateFormat = StateFormat.fp32  # both of AdamW's; bf16 saves memory, and no published run did it

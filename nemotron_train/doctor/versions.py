@@ -50,6 +50,8 @@ PACKAGES = (
     Package("torch", "torch", ">=2.7"),
     Package("megatron-core", "megatron.core", "==0.16.1"),
     Package("hydra-core", "hydra", ">=1.3.2,<1.4"),
+    Package("omegaconf", "omegaconf", ">=2.3,<2.4"),
+    Package("pyyaml", "yaml", ">=6"),
     Package("numpy", "numpy"),
     Package("psutil", "psutil"),
     Package("rich", "rich"),

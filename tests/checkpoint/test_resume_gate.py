@@ -1,6 +1,7 @@
 """Every key of the schema is either free to change, with a reason, or its change is refused with both values."""
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from nemotron_train.checkpoint.resume_gate import (
     model_facts,
 )
 from nemotron_train.config.keys import describe_keys, plain
-from nemotron_train.config.load import fingerprint
+from nemotron_train.config.load import fingerprint, load_config
 from nemotron_train.config.schema import LrSchedule, RunConfig
 from nemotron_train.config.typed import read_run_config
 from nemotron_train.errors import CheckpointError
+from nemotron_train.plan.run_rules import allowed_changes_are_keys
 from tests.small_runs import small_config
 
 CONSUMED = 1_024  # tokens: the first phase has begun, the second (at 2,560) has not
@@ -89,6 +91,14 @@ def mutated(config: RunConfig, path: list[Any], value: Any) -> RunConfig:
     return read_run_config(tree)
 
 
+def as_advised(config: RunConfig, message: str) -> RunConfig:
+    """The configuration with what the message says to add, pasted into a shell as it stands there."""
+    (pasted,) = re.findall(r"'checkpoint\.allow_change=.*?'", message)
+    typed = load_config(shlex.split(f"experiment=quickstart {pasted}"))
+    assert not list(allowed_changes_are_keys(typed, world_size=1))
+    return replace(config, checkpoint=replace(config.checkpoint, allow_change=typed.checkpoint.allow_change))
+
+
 KINDS = {info.key: info.type for info in describe_keys()}
 LEAVES = leaves(plain(config_of_test()))
 LISTS = {"data.sources", "data.phases", "data.phases[].weights", "train.batch_schedule"}
@@ -124,14 +134,28 @@ def test_no_change_of_a_key_is_silent(key: str) -> None:
         assert key in shown
         assert (f"{value}" if value is not None else "nothing") in said
     assert f"{other}" in said
-    allowing = replace(changed, checkpoint=replace(changed.checkpoint, allow_change=[key.split("[")[0]]))
     if effect in (Effect.later, Effect.length):
-        assert "checkpoint.allow_change=[" in said
+        allowing = as_advised(changed, said)
         check_configuration(commit, allowing, is_new_run=False)
         assert changes_on_resume(commit, allowing, is_new_run=False)
     else:
+        assert "checkpoint.allow_change" not in said
+        allowing = replace(changed, checkpoint=replace(changed.checkpoint, allow_change=[key.split("[")[0]]))
         with pytest.raises(CheckpointError):
             check_configuration(commit, allowing, is_new_run=False)
+
+
+def test_the_advice_names_all_that_may_be_allowed_at_once() -> None:
+    """Fails if pasting the advice takes back what was named already, or leaves a second key to be refused, or names
+    one that cannot be allowed."""
+    commit, config = commit_of(config_of_test()), config_of_test(checkpoint={"allow_change": ["optim.adam_beta2"]})
+    for key, value in (("data.sources[].prefixes", ["x"]), ("train.train_tokens", 1), ("optim.adam_beta2", 0.5)):
+        config = mutated(config, LEAVES[key][0], value)
+    with pytest.raises(CheckpointError) as refused:
+        check_configuration(commit, mutated(config, ["run", "seed"], 9), is_new_run=False)
+    allowing = as_advised(config, str(refused.value))
+    check_configuration(commit, allowing, is_new_run=False)
+    assert "run.seed" not in allowing.checkpoint.allow_change
 
 
 def test_what_changes_a_run_is_not_free() -> None:

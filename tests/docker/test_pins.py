@@ -1,6 +1,8 @@
 """Do the images, pyproject.toml, constraints.txt and the doctor name the same versions? Each is read as it stands."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from nemotron_train.doctor.versions import PACKAGES, Needed, Package
+from tests.test_architecture import PACKAGE, TOOLS, imports, sources
 
 REPOSITORY = Path(__file__).parents[2]
 GPU_IMAGE = (REPOSITORY / "docker" / "Dockerfile").read_text()
@@ -36,11 +39,22 @@ TESTED = {
     for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
     if line and not line.startswith("#")
 }
+PACKAGE_OF = {  # as pip calls it, by module, where that is another name
+    "hydra": "hydra-core", "megatron": "megatron-core", "yaml": "pyyaml",
+    "transformer_engine_torch": "transformer-engine",
+}  # fmt: skip
 IMAGE_PINS = {
     "transformer-engine": re.findall(r"^ARG TRANSFORMER_ENGINE=(.+)$", GPU_IMAGE, re.MULTILINE),
     "causal-conv1d": re.findall(r"^ARG CAUSAL_CONV1D=(.+)$", GPU_IMAGE, re.MULTILINE),
     "mamba-ssm": re.findall(r"^ARG MAMBA_SSM=(.+)$", GPU_IMAGE, re.MULTILINE),
 }
+
+
+def test_every_library_that_is_imported_is_asked_for() -> None:
+    """Fails if a library is only there because another one happens to bring it."""
+    modules = {module.split(".")[0] for path in sources(PACKAGE, TOOLS) for module, _ in imports(path)}
+    imported = {name for name in modules - sys.stdlib_module_names if not (REPOSITORY / name).is_dir()}
+    assert {PACKAGE_OF.get(name, name.replace("_", "-")) for name in imported} <= set(ASKED)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
@@ -85,6 +99,22 @@ def test_the_images_install_from_constraints_and_carry_what_they_copy() -> None:
         for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE):
             for source in line.split()[:-1]:
                 assert (REPOSITORY / source).exists(), source
+
+
+def test_the_image_that_runs_the_tests_copies_what_they_import_and_what_the_pages_link_to() -> None:
+    """Fails if a test cannot be imported in the image, or a link that a test follows leads nowhere there."""
+    copied = {line.split()[-1] for line in re.findall(r"^COPY (.+)$", CPU_IMAGE, re.MULTILINE)}
+    tests = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("*.py")]
+    imported = {name for text in tests for name in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
+    linked = {
+        Path(os.path.relpath(page.parent / target, REPOSITORY)).parts[0]
+        for page in (REPOSITORY / "README.md", REPOSITORY / "docs" / "design.md")
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+        if not target.startswith("https://")
+    }
+    needed = {name for name in imported | linked if (REPOSITORY / name).is_dir()}
+    assert "tests" in needed
+    assert needed <= copied
 
 
 def test_readme_names_the_base_of_the_image() -> None:
