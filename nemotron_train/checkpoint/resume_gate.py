@@ -192,7 +192,7 @@ def check_configuration(commit: Commit, config: RunConfig, *, is_new_run: bool) 
     if not refused:
         return
     lines = [f"- {d.key}: {_show(d.then)} then, {_show(d.now)} now ({reason})" for d, _, reason in refused]
-    can_allow = [difference.schema_key for difference, effect, _ in refused if effect is Effect.later]
+    can_allow = [_allowed_with(difference.schema_key) for difference, effect, _ in refused if effect is Effect.later]
     advice = "Restore them."
     if can_allow:
         named = dict.fromkeys([*config.checkpoint.allow_change, *can_allow])
@@ -206,6 +206,11 @@ def check_configuration(commit: Commit, config: RunConfig, *, is_new_run: bool) 
     raise CheckpointError(
         f"The checkpoint of step {commit.step} was made with another configuration:\n" + "\n".join([*lines, advice])
     )
+
+
+def _allowed_with(key: str) -> str:
+    """Name what `checkpoint.allow_change` takes for a key: of one that this version does not have, the section."""
+    return key if key in EFFECTS else key.partition(".")[0]
 
 
 def changes_on_resume(commit: Commit, config: RunConfig, *, is_new_run: bool) -> dict[str, list[Any]]:

@@ -158,6 +158,16 @@ def test_the_advice_names_all_that_may_be_allowed_at_once() -> None:
     assert "run.seed" not in allowing.checkpoint.allow_change
 
 
+def test_a_key_of_another_version_is_allowed_with_its_section() -> None:
+    """Fails if a checkpoint with a key that is no more can only be gone on from by editing it."""
+    config = config_of_test()
+    commit = commit_of(config)
+    commit = replace(commit, config={**commit.config, "optim": {**commit.config["optim"], "of_old": 1}})
+    with pytest.raises(CheckpointError, match=r"optim\.of_old: 1 then") as refused:
+        check_configuration(commit, config, is_new_run=False)
+    check_configuration(commit, as_advised(config, str(refused.value)), is_new_run=False)
+
+
 def test_what_changes_a_run_is_not_free() -> None:
     """Fails if the table calls a schedule, a batch, the data's past, a precision, a length, a seed or the optimizer
     free: written here a second time on purpose."""
