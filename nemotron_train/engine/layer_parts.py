@@ -34,7 +34,7 @@ class LayerParts:
     core_attention: Callable[..., nn.Module]
     embedding: type  # has Megatron-Core's constructor; not for a table that the output layer shares
     output_linear: Callable[[TransformerConfig, int, Any], nn.Module]  # takes the vocabulary's size and the TP group
-    checkpoint: Callable[[Callable[[Tensor], Tensor], Tensor, Any], Tensor]  # recomputes a function in the backward
+    recompute: Callable[[Callable[[Tensor], Tensor], Tensor, Any], Tensor]  # runs a function again in the backward
     precision: LayerPrecision
     fuses_weight_gradients: bool  # products add weight gradients to the main gradients themselves
 
@@ -57,7 +57,7 @@ def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
         core_attention=_plain_attention(plan),
         embedding=LanguageModelEmbedding,
         output_linear=plain_layers.output_linear,
-        checkpoint=lambda run, x, group: tensor_parallel.checkpoint(run, False, x),
+        recompute=lambda run, x, group: tensor_parallel.checkpoint(run, False, x),
         precision=LayerPrecision(),
         fuses_weight_gradients=False,
     )
@@ -71,7 +71,7 @@ def plain_parts(plan: RunPlan, platform: Platform) -> LayerParts:
         column_linear=emulated(parts.column_linear, emulation),
         norm_column_linear=emulated(parts.norm_column_linear, emulation),
         row_linear=emulated(parts.row_linear, emulation),
-        checkpoint=lambda run, x, group: tensor_parallel.checkpoint(emulation.to_recompute(run), False, x),
+        recompute=lambda run, x, group: tensor_parallel.checkpoint(emulation.to_recompute(run), False, x),
         precision=_precision(plan, recipe, emulation.enter),
     )
 
@@ -96,7 +96,7 @@ def transformer_engine_parts(plan: RunPlan) -> LayerParts:
         core_attention=_plain_attention(plan) if has_cap else te_layers.DotProductAttention,
         embedding=te_layers.InPlaceEmbedding,
         output_linear=te_layers.output_linear,
-        checkpoint=te_layers.checkpoint,
+        recompute=te_layers.recompute,
         precision=precision,
         fuses_weight_gradients=True,
     )

@@ -84,7 +84,7 @@ def fp8_weights(recipe: Fp8Recipe) -> AbstractContextManager:
     return te.quantized_model_init(enabled=True, recipe=te_recipe(recipe), preserve_high_precision_init_val=True)
 
 
-def checkpoint(run: Any, x: Tensor, group: Any) -> Tensor:
+def recompute(run: Any, x: Tensor, group: Any) -> Tensor:
     """Run without keeping activations; they are computed again in the backward pass, with the same FP8 state."""
     return te_checkpoint(run, False, get_cuda_rng_tracker, group, x)
 
@@ -113,8 +113,8 @@ __all__ = [
     "TELayerNormColumnParallelLinear",
     "TENorm",
     "TERowParallelLinear",
-    "checkpoint",
     "enter_fp8",
     "fp8_weights",
     "output_linear",
+    "recompute",
 ]

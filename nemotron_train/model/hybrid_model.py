@@ -67,19 +67,19 @@ class HybridStack(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        run: RunConfig,
+        run_config: RunConfig,
         place: ChunkPlace,
         parts: LayerParts,
         operations: Operations,
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
-        self.recompute_layers = run.train.recompute is Recompute.full
+        self.recompute_layers = run_config.train.recompute is Recompute.full
         self.groups, self.parts = groups, parts
         layers = {}
         for number, kind in enumerate(place.kinds, start=place.first_layer):
             with parts.precision.build(number):
-                layers[number] = build_layer(kind, number, config, run.model, parts, operations, groups)
+                layers[number] = build_layer(kind, number, config, run_config.model, parts, operations, groups)
         self.layers = NumberedLayers(layers)
         self.final_norm = None
         if place.is_last:
@@ -89,8 +89,8 @@ class HybridStack(MegatronModule):
         recompute = self.recompute_layers and self.training and torch.is_grad_enabled()
         with self.parts.precision.stack(self.groups.tp_dp_cp):
             for number, layer in self.layers.numbered():
-                run = partial(self._run_layer, number, layer, documents)
-                x_sBD = self.parts.checkpoint(run, x_sBD, self.groups.tp) if recompute else run(x_sBD)
+                take = partial(self._run_layer, number, layer, documents)
+                x_sBD = self.parts.recompute(take, x_sBD, self.groups.tp) if recompute else take(x_sBD)
         return self.final_norm(x_sBD) if self.final_norm is not None else x_sBD
 
     def _run_layer(self, number: int, layer: nn.Module, documents: Documents | None, x_sBD: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class HybridModel(LanguageModule):
     def __init__(
         self,
         config: TransformerConfig,
-        run: RunConfig,
+        run_config: RunConfig,
         place: ChunkPlace,
         parts: LayerParts,
         operations: Operations,
@@ -116,18 +116,18 @@ class HybridModel(LanguageModule):
         self.operations, self.tp_group, self.cp_group = operations, groups.tp, groups.cp
         self.keeps_fp8_state = parts.precision.whole_stack
         self.pre_process, self.post_process, self.vp_stage = place.is_first, place.is_last, place.virtual_stage
-        self.share_embeddings_and_output_weights = run.model.tied_embeddings
+        self.share_embeddings_and_output_weights = run_config.model.tied_embeddings
         self.input_tensor: Tensor | None = None
         if place.is_first:
-            self.embedding = _build_embedding(config, run.model, parts, groups)
-        self.decoder = HybridStack(config, run, place, parts, operations, groups)
+            self.embedding = _build_embedding(config, run_config.model, parts, groups)
+        self.decoder = HybridStack(config, run_config, place, parts, operations, groups)
         if place.is_last:
-            if run.model.tied_embeddings:
+            if run_config.model.tied_embeddings:
                 self.output_layer = tied_output_linear(
-                    config, run.model.vocab_size, groups.tp, holds_weight=not place.is_first
+                    config, run_config.model.vocab_size, groups.tp, holds_weight=not place.is_first
                 )
             else:
-                self.output_layer = parts.output_linear(config, run.model.vocab_size, groups.tp)
+                self.output_layer = parts.output_linear(config, run_config.model.vocab_size, groups.tp)
         if place.is_first or place.is_last:
             self.setup_embeddings_and_output_layer()
 
