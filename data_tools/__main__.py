@@ -7,7 +7,7 @@ from importlib import import_module
 
 from rich.console import Console
 
-from nemotron_train.errors import EXIT_FAILED, NemotronTrainError
+from nemotron_train.errors import EXIT_FAILED, DataError, NemotronTrainError
 
 # The file of each command, and what it does. A file has add_options(parser) and run(arguments); only the one asked for
 # is imported, because each of the processes that share its work imports what stands here anew.
@@ -37,11 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(asked)
     try:
-        arguments.run(arguments)
+        _run(arguments)
     except NemotronTrainError as error:
         Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False).print(f"error: {error}")
         return EXIT_FAILED
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    try:
+        arguments.run(arguments)
+    except OSError as error:  # of any tool's files: no such folder, no permission, a full disk
+        raise DataError(f"{error.filename}: {error.strerror}." if error.filename else str(error)) from error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_train.config.load import load_config
+from data_tools.experiment import load_experiment
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.open_sources import build_plan, open_data
 from nemotron_train.plan.batching import plan_batches
@@ -108,7 +108,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    report = describe_blend(load_config(arguments.overrides))
+    report = describe_blend(load_experiment(arguments.overrides))
     if arguments.json:
         Console(soft_wrap=True, markup=False, highlight=False, emoji=False).print(json.dumps(report, indent=1))
     else:

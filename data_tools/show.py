@@ -7,7 +7,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from data_tools.encoders import load_tokenizer, tokenizer_file
-from nemotron_train.config.load import load_config
+from data_tools.experiment import load_experiment
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.blend import BlendPlan
 from nemotron_train.data.ledger import NAME as LEDGER
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if (arguments.window is None) is (arguments.step is None):
         raise ConfigError("Ask for one of --shard PREFIX, --window G experiment=NAME, --step N experiment=NAME.")
-    config = load_config(arguments.overrides)
+    config = load_experiment(arguments.overrides)
     data = open_run_data(config)
     tokenizer = load_tokenizer(Path(config.data.path) / config.data.tokenizer)
     if arguments.window is not None:

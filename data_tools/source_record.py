@@ -3,7 +3,8 @@ written down before work begins, and again in the manifest when all shards are t
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nemotron_train.data.shard_meta import (
     manifest_path,
     probe_hash,
     read_manifest,
+    read_object,
 )
 from nemotron_train.data.tokenizer_file import tokenizer_hash
 from nemotron_train.errors import DataError
@@ -98,13 +100,14 @@ class SourceRecord:
                     raise DataError(f"{self.manifest}: records {shard.tokens} tokens in {shard.name}, it has {found}.")
             names = [shard.name for shard in manifest.shards]
             return TokenizedSource(names, manifest.documents, manifest.tokens, reused=True)
-        if self._begun.exists():
-            self._refuse_others(self._begun, json.loads(self._begun.read_bytes()))
+        begun = read_object(self._begun)
+        if begun is not None:
+            self._refuse_others(self._begun, begun)
             return None
-        strangers = sorted(self.output.glob(f"{self.source}_[0-9]*.idx"))
+        strangers = numbered_shards(self.output, self.source)
         if strangers:
             raise DataError(
-                f"{strangers[0]} exists, but not {self.manifest.name}, which would say what it is. {_ADVICE}"
+                f"{strangers[0]}.idx exists, but not {self.manifest.name}, which would say what it is. {_ADVICE}"
             )
         return None
 
@@ -131,13 +134,20 @@ class SourceRecord:
         names = [name for name, _ in shards]
         return TokenizedSource(names, manifest.documents, manifest.tokens, reused=False)
 
-    def _refuse_others(self, path: Path, made_from: Any) -> None:
+    def _refuse_others(self, path: Path, made_from: Mapping[str, Any]) -> None:
         differing = [key for key, value in self._made_from.items() if made_from.get(key) != value]
         if differing:
             raise DataError(f"{path}: these shards were made with other {', '.join(differing)}. {_ADVICE}")
 
 
 _ADVICE = "Choose another --output or --source, or delete them."
+
+
+def numbered_shards(folder: Path, source: str) -> list[Path]:
+    """Return the prefixes NAME_00000, NAME_00001, ... of a source; NAME_2024_00000 is a shard of another one."""
+    of_source = re.compile(re.escape(source) + "_[0-9]+")
+    prefixes = (index.with_suffix("") for index in folder.glob("*.idx"))
+    return sorted(prefix for prefix in prefixes if of_source.fullmatch(prefix.name))
 
 
 def _hash(path: Path, size: int, *, whole: bool) -> str:

@@ -117,6 +117,10 @@ def count_shards(parts: Sequence[Part], shard_tokens: int) -> int:
 
 
 def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) -> None:
+    if Path(settings.source).name != settings.source or not settings.source:
+        raise ConfigError(f"--source {settings.source!r} must be the name of a file: not empty, and without a slash.")
+    if settings.seed < 0:
+        raise ConfigError(f"--seed {settings.seed} must be 0 or more.")
     if num_workers < 1 or settings.shard_tokens < 1 or (settings.num_shards or 1) < 1:
         raise ConfigError(
             f"--workers {num_workers}, --shard-tokens {settings.shard_tokens} and --shards {settings.num_shards} must "

@@ -1,19 +1,20 @@
 """How is a tokenizer made for a corpus? Byte-level BPE in the `tokenizers` format, with a token for document ends.
 
-    python -m data_tools train-tokenizer --input FILES --vocab-size N --output tokenizer.json
+    python -m data_tools train-tokenizer --input FILE_OR_DIR ... --vocab-size N --output tokenizer.json
 
 Every byte is in the vocabulary, so any text can be encoded and comes back unchanged. The same input gives the same
 file.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_tools.documents import TEXT_SUFFIXES, find_files, read_documents
+from data_tools.shard_writer import write_whole
 from nemotron_train.errors import ConfigError, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -34,8 +35,8 @@ PIECE_PATTERN = "|".join(
 )
 
 
-def train_tokenizer(files: Sequence[Path], *, vocab_size: int, sample_bytes: int) -> Tokenizer:
-    """Learn merges from JSONL files (key "text") or plain text files.
+def train_tokenizer(files: Sequence[Path], *, vocab_size: int, sample_bytes: int, text_key: str = "text") -> Tokenizer:
+    """Learn merges from the documents of files, which are read as `tokenize` reads them.
 
     Args:
         vocab_size: bytes, merges and the special token together; the result has exactly this many entries.
@@ -60,7 +61,7 @@ def train_tokenizer(files: Sequence[Path], *, vocab_size: int, sample_bytes: int
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(files, sample_bytes), trainer)
+    tokenizer.train_from_iterator(_texts(files, sample_bytes, text_key), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
             f"the text yields {tokenizer.get_vocab_size()} vocabulary entries, not the {vocab_size} asked for: "
@@ -69,47 +70,34 @@ def train_tokenizer(files: Sequence[Path], *, vocab_size: int, sample_bytes: int
     return tokenizer
 
 
-def _texts(files: Sequence[Path], sample_bytes: int) -> Iterator[str]:
+def _texts(files: Sequence[Path], sample_bytes: int, text_key: str) -> Iterator[str]:
     for path in files:
         taken = 0
-        for text in _documents(path):
-            taken += len(text.encode())
-            yield text
+        for document in read_documents(path, text_key, where=()):
+            taken += len(document.text.encode())
+            yield document.text
             if taken > sample_bytes:
                 break
 
 
-def _documents(path: Path) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            if path.suffix != ".jsonl":
-                yield file.read()
-                return
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f'{path}, line {number}: not a JSON object with a "text" ({error})') from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} as text: {error}") from error
-
-
 def run(arguments: argparse.Namespace) -> None:
     sample_bytes = int(arguments.sample_mb * 1e6)
-    tokenizer = train_tokenizer(arguments.input, vocab_size=arguments.vocab_size, sample_bytes=sample_bytes)
+    tokenizer = train_tokenizer(
+        find_files(arguments.input, (*TEXT_SUFFIXES, *arguments.text_suffix)),
+        vocab_size=arguments.vocab_size,
+        sample_bytes=sample_bytes,
+        text_key=arguments.text_key,
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_name(arguments.output.name + ".partial")
-    tokenizer.save(str(partial))
-    partial.replace(arguments.output)
+    write_whole(arguments.output, lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
     Console(soft_wrap=True, highlight=False).print(f"{arguments.output}: {arguments.vocab_size} entries")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl or plain text")
-    parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="all entries, special token included"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
-    parser.add_argument(
-        "--sample-mb", type=float, default=4.0, metavar="MB", help="of each file to learn from (default 4)"
-    )
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders of text")
+    add("--text-key", default="text", metavar="KEY", help="of JSONL and Parquet documents (default text)")
+    add("--text-suffix", action="append", default=[], metavar=".SUFFIX", help="of more plain-text files")
+    add("--vocab-size", type=int, required=True, metavar="N", help="all entries, special token included")
+    add("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
+    add("--sample-mb", type=float, default=4.0, metavar="MB", help="of each file to learn from (default 4)")

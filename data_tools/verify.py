@@ -15,6 +15,7 @@ from rich.progress import track
 
 from data_tools.encoders import tokenizer_file
 from data_tools.executors import run_all
+from data_tools.source_record import numbered_shards
 from nemotron_train.data.shard import Shard
 from nemotron_train.data.shard_format import ShardLayout, bin_path, check_documents, idx_path, read_layout
 from nemotron_train.data.shard_meta import ManifestShard, ShardMeta, read_manifest, read_meta
@@ -171,8 +172,8 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[tuple[Path, ManifestShard |
                     entries[prefix] = shard
                 else:
                     problems.append(f"{idx_path(prefix)} is missing; {file.name} lists it.")
-            there = {Path(str(index)[: -len(".idx")]) for index in file.parent.glob(f"{manifest.source}_[0-9]*.idx")}
-            problems += [f"{extra}.idx is not in {file.name}." for extra in sorted(there - entries.keys())]
+            extras = [prefix for prefix in numbered_shards(file.parent, manifest.source) if prefix not in entries]
+            problems += [f"{extra}.idx is not in {file.name}." for extra in extras]
         if path.is_dir():
             for index in sorted(path.rglob("*.idx")):
                 entries.setdefault(Path(str(index)[: -len(".idx")]))

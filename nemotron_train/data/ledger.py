@@ -13,25 +13,40 @@ from pathlib import Path
 
 from nemotron_train.data.blend import BlendPlan
 from nemotron_train.data.source import Source
+from nemotron_train.errors import DataError
 
 NAME = "consumption.jsonl"
 
 
 def samples_of_step(run_dir: Path, step: int) -> tuple[range, int, str] | None:
     """Return the samples that a step of a run took, the tokens consumed after it and the hash of the plan's past there;
-    None if the ledger does not have the step."""
+    None if the ledger does not have the step.
+
+    Raises:
+        DataError: a line is damaged.
+    """
     found = None
     path = run_dir / NAME
     if not path.exists():
         return None
-    with path.open(encoding="utf-8") as lines:  # of millions of steps: one at a time
-        for line in lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:  # of millions of steps: one at a time
+        for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue  # the last line of a run that was killed while it wrote
-            if entry.get("step") == step:
-                found = range(*entry["samples"]), entry["tokens"][1], entry["past_hash"]
+            match entry:
+                case {
+                    "step": int(at),
+                    "samples": [int(first), int(end)],
+                    "tokens": [_, int(after)],
+                    "past_hash": str(past_hash),
+                }:
+                    found = (range(first, end), after, past_hash) if at == step else found
+                case {"begins_after_step": _}:
+                    pass
+                case _:
+                    raise DataError(f"{path}, line {number}: {line.strip()[:80]} accounts for no step. Take it out.")
     return found
 
 

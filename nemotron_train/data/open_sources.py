@@ -25,7 +25,7 @@ SHARDS_CHECKED_AT_START = 1000
 class OpenData:
     """The shards of a run, opened and checked, in the order of data.sources."""
 
-    training: tuple[Source, ...]
+    training: tuple[Source, ...]  # without shards where a source is only evaluated on
     heldout: tuple[Source | None, ...]  # None: this source has no held-out shards
 
 
@@ -33,7 +33,8 @@ def open_data(data: DataSection, vocab_size: int, seq_length: int) -> OpenData:
     """Open every shard of the configuration.
 
     Raises:
-        ConfigError: names repeat, a shard is both trained on and held out, or the tokenizer is larger than the model.
+        ConfigError: names repeat, a source lacks shards to train on, a shard is both trained on and held out, or the
+            tokenizer is larger than the model.
         DataError: a shard or the tokenizer is missing or damaged, or a source is shorter than one window.
     """
     check_tokenizer(Path(data.path) / data.tokenizer, vocab_size)
@@ -48,10 +49,14 @@ def open_data(data: DataSection, vocab_size: int, seq_length: int) -> OpenData:
     for source, paths, eval_paths in zip(data.sources, training_paths, heldout_paths, strict=True):
         known.check_complete(source, [_pattern(data, prefix) for prefix in source.prefixes], paths)
         known.check_complete(source, [_pattern(data, prefix) for prefix in source.eval_prefixes], eval_paths)
+    drawn = {share.source for phase in data.phases for share in phase.weights if share.weight > 0}
     training, heldout = [], []
     for name, paths, eval_paths in zip(names, training_paths, heldout_paths, strict=True):
-        if not paths:
-            raise ConfigError(f"Source {name!r} has no shards: data.sources[].prefixes is empty.")
+        if not paths and (name in drawn or not eval_paths):
+            raise ConfigError(
+                f"Source {name!r} has no shards: its prefixes in data.sources are empty. List some, or give it "
+                "eval_prefixes and no weight above 0 in data.phases; then it is only evaluated on."
+            )
         training.append(_open_source(name, paths, files, known, vocab_size, seq_length))
         heldout.append(_open_source(name, eval_paths, files, known, vocab_size, seq_length) if eval_paths else None)
     shards = [shard for source in (*training, *heldout) if source is not None for shard in source.shards]
@@ -192,7 +197,7 @@ def _open_source(
     name: str, paths: Sequence[Path], files: OpenFiles, known: _Manifests, vocab_size: int, seq_length: int
 ) -> Source:
     source = Source(name, [known.open(path, files) for path in paths], vocab_size)
-    if source.num_tokens <= seq_length:
+    if paths and source.num_tokens <= seq_length:
         raise DataError(
             f"Source {name!r} has {source.num_tokens} tokens in {paths[0]} and its other shards; "
             f"one window needs {seq_length + 1} (train.seq_length + 1)."

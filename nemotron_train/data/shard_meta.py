@@ -5,17 +5,20 @@ Reading a manifest costs one small file, however many shards there are: a run st
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import xxhash
 
+from nemotron_train.data.shard_format import DTYPE_CODES
 from nemotron_train.errors import DataError
 
 FORMAT = 1  # of both files
 PROBE_BYTES = 1 << 16  # at each end of a `.bin`
+_DTYPES = tuple(dtype.name for dtype in DTYPE_CODES.values())
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def read_meta(prefix: Path | str) -> ShardMeta | None:
         DataError: the file is damaged, or of another format.
     """
     path = meta_path(prefix)
-    content = _read_json(path)
+    content = _read_facts(path)
     return None if content is None else _build(ShardMeta, content, path)
 
 
@@ -109,7 +112,7 @@ def read_manifest(path: Path) -> SourceManifest | None:
     Raises:
         DataError: the file is damaged, or of another format.
     """
-    content = _read_json(path)
+    content = _read_facts(path)
     if content is None:
         return None
     shards = content.get("shards")
@@ -128,18 +131,50 @@ def probe_hash(head: bytes, tail: bytes) -> str:
     return xxhash.xxh3_128(head + tail).hexdigest()
 
 
+# Read once: a manifest may list many thousand shards.
+_ANNOTATIONS: dict[type, dict[str, Any]] = {
+    kind: get_type_hints(kind) for kind in (ShardMeta, ManifestShard, SourceManifest)
+}
 _Facts = TypeVar("_Facts", ShardMeta, ManifestShard, SourceManifest)
 
 
-def _build(kind: type[_Facts], content: Mapping[str, Any], path: Path) -> _Facts:
-    names: Sequence[str] = [field.name for field in fields(kind)]
-    missing = [name for name in names if name not in content]
+def _build(kind: type[_Facts], content: Any, path: Path) -> _Facts:
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path} has {content!r} in place of the facts of a shard: it is damaged.")
+    kinds = _ANNOTATIONS[kind]
+    missing = [name for name in kinds if name not in content]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}: it is damaged, or not of this program.")
-    return kind(**{name: content[name] for name in names})
+    for name, expected in kinds.items():
+        if not _fits(content[name], expected):
+            raise DataError(f"{path}: {name} is {content[name]!r}, which cannot be: it is damaged.")
+    if "dtype" in kinds and content["dtype"] not in _DTYPES:
+        raise DataError(f"{path}: dtype is {content['dtype']}, not one of {', '.join(_DTYPES)}: it is damaged.")
+    return kind(**{name: content[name] for name in kinds})
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _fits(value: Any, expected: Any) -> bool:
+    """Tell whether a value is of the annotated type; numbers count something, so none is below zero."""
+    if isinstance(expected, UnionType):
+        return any(_fits(value, kind) for kind in get_args(expected))
+    if expected is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, get_origin(expected) or expected)
+
+
+def _read_facts(path: Path) -> dict[str, Any] | None:
+    content = read_object(path)
+    if content is not None and content.get("format") not in (None, FORMAT):
+        raise DataError(f"{path}: no facts of format {FORMAT}. Was it written by another version?")
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a file that holds one JSON object; None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -148,6 +183,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise DataError(f"{path}: {error.strerror}.") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}.") from error
-    if not isinstance(content, dict) or content.get("format") not in (None, FORMAT):
-        raise DataError(f"{path}: no facts of format {FORMAT}. Was it written by another version?")
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: no JSON object.")
     return content

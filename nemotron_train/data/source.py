@@ -18,17 +18,19 @@ class Source:
     """Shards of one dtype under one name. Every token it returns was in a file and is a row of the embedding."""
 
     def __init__(self, name: str, shards: Sequence[Shard], vocab_size: int) -> None:
-        if not shards:
-            raise DataError(f"Source {name!r} has no shards.")
+        """Args:
+        shards: none of a source that is only evaluated on.
+        """
         self.name = name
         self.vocab_size = vocab_size
         self._shards = tuple(shards)
         self._ends = list(accumulate(shard.num_tokens for shard in shards))
-        self._check_dtypes()
+        if shards:
+            self._check_dtypes()
 
     @property
     def num_tokens(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     @property
     def shards(self) -> tuple[Shard, ...]:

@@ -52,9 +52,15 @@ def _ids(path: Path) -> dict[str, int]:
         vocab = content["model"]["vocab"]
         if not isinstance(vocab, dict):  # Unigram has a list of pieces with their scores
             vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
-        return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+        ids = vocab | {token["content"]: token["id"] for token in content.get("added_tokens", ())}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no Hugging Face tokenizer.json: {error!r}.") from error
+    if not ids:
+        raise DataError(f"{path} is no Hugging Face tokenizer.json: it has no tokens.")
+    for token, number in ids.items():
+        if type(number) is not int or number < 0:
+            raise DataError(f"{path}: token {token!r} has the id {number!r}, expected a whole number, 0 or more.")
+    return ids
 
 
 def _read(path: Path) -> bytes:

@@ -8,8 +8,8 @@ for the report, `versions` and `notes` for people.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from nemotron_train.config.schema import ModelSection, PrecisionFormat
@@ -94,7 +94,7 @@ def gpu_from(tree: Any, file: Path, label: str) -> Gpu:
         source=f"{label} ({device}, {date}): {summary}",
         memory_gib=table.number("memory_gib"),
         model=table.model(),
-        tokens=int(table.number("tokens")),
+        tokens=table.whole_number("tokens"),
         layer_ms={kind: table.by_format(f"layer_ms.{kind.name}") for kind in LayerKind},
         core_ms={
             LayerKind.mamba: table.number("core_ms.mamba"),
@@ -149,9 +149,18 @@ class _Table:
         """Return a finite number: above zero, or at least `least`."""
         return self._checked(key, self.value(key), least)
 
+    def whole_number(self, key: str) -> int:
+        """Return a whole number above zero."""
+        found = self.number(key)
+        if not found.is_integer():
+            self.refuse(key, f"is {found}, expected a whole number")
+        return int(found)
+
     def _checked(self, key: str, found: Any, least: float | None) -> float:
-        if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found):
+        if isinstance(found, bool) or not isinstance(found, int | float):
             self.refuse(key, f"is {json.dumps(found)}, expected a number")
+        if not abs(found) <= float_info.max:  # neither infinite nor NaN, nor a whole number that no float can hold
+            self.refuse(key, f"is {json.dumps(found)}, expected a finite number")
         if found <= 0 if least is None else found < least:
             self.refuse(key, f"is {found}, expected {'more than 0' if least is None else f'{least:g} or more'}")
         return float(found)
@@ -179,6 +188,8 @@ class _Table:
 
     def _formats(self, key: str, needs_bf16: bool) -> list[PrecisionFormat]:
         found = self.value(key)
+        if not isinstance(found, dict):
+            self.refuse(key, f"is {json.dumps(found)}, expected a value for each format")
         names = {format.value: format for format in FORMATS}
         if needs_bf16:
             self.value(f"{key}.{PrecisionFormat.bf16.value}")

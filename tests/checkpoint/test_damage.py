@@ -37,6 +37,11 @@ def flip_bit(folder: Path, seed: int) -> str:
     return name
 
 
+def part_of(name: str) -> str:
+    """Return the part of a checkpoint that a file belongs to."""
+    return "payload" if name.endswith(".distcp") else "commit" if name == COMMIT_FILE else "metadata"
+
+
 def payload(folder: Path) -> Path:
     return sorted(folder.glob("*.distcp"))[0]
 
@@ -122,10 +127,10 @@ DAMAGES: tuple[Callable[[Path], str], ...] = (
 )  # fmt: skip
 
 
-def not_found(config: RunConfig, damages: list[Callable[[Path], str] | int]) -> list[str]:
+def not_found(config: RunConfig, damages: list[Callable[[Path], str] | int]) -> tuple[list[str], list[str]]:
     """Damage the newer of two checkpoints in each way (a number is the seed of a bit flip) and resume; returns what did
-    not go as it should."""
-    wrong = []
+    not go as it should, and the file that each damage hit."""
+    wrong, names = [], []
     run_dir = Path(config.run.dir)
     checkpoints, whole = run_dir / "checkpoints", run_dir / "whole"
     with live_run(config) as run:
@@ -141,6 +146,7 @@ def not_found(config: RunConfig, damages: list[Callable[[Path], str] | int]) -> 
 
         for damage in damages:
             name = from_rank_zero(partial(put_damaged, damage))
+            names.append(name)
             fill(run, 99)  # nothing of this may be left
             progress = trainer_of(run, data).resume()
             aside = list(checkpoints.glob("step_000000002.damaged-*"))
@@ -148,14 +154,15 @@ def not_found(config: RunConfig, damages: list[Callable[[Path], str] | int]) -> 
             if progress.step != 1 or digest(run) != older or len(aside) != 1 or name not in said:
                 wrong.append(f"{damage}: {name}: step {progress.step}, {filled_step(run)}, {said!r}")
             dist.barrier()  # all ranks have looked
-    return wrong
+    return wrong, names
 
 
 def test_damage_is_found_and_named_and_the_older_checkpoint_used(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
-    """Fails if a damaged checkpoint is loaded, ends the run, or is moved aside without the file's name."""
-    flips = list(range(24))
-    assert {flip % 3 for flip in flips} == {0, 1, 2}
-    assert ranks.run(not_found, 1, tiny_config(corpus, tmp_path), [*DAMAGES, *flips])[0] == []
+    """Fails if a damaged checkpoint is loaded, ends the run, or is moved aside without the file's name; or if no bit is
+    flipped in one of its parts."""
+    wrong, names = ranks.run(not_found, 1, tiny_config(corpus, tmp_path), [*DAMAGES, *range(24)])[0]
+    assert wrong == []
+    assert {part_of(name) for name in names[len(DAMAGES) :]} == set(PARTS)
 
 
 @pytest.mark.slow
@@ -163,14 +170,15 @@ def test_a_thousand_flipped_bits_are_all_found(ranks: RankPool, corpus: Path, tm
     """Fails if a single flipped bit anywhere in a checkpoint is loaded."""
     for start in range(0, 1000, 100):
         config = tiny_config(corpus, tmp_path / str(start))
-        assert ranks.run(not_found, 1, config, list(range(start, start + 100)))[0] == []
+        wrong, _ = ranks.run(not_found, 1, config, list(range(start, start + 100)))[0]
+        assert wrong == []
 
 
 def test_two_ranks_fall_back_together(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     """Fails if the rank that does not read the damaged file goes on with it, or waits for ever."""
     tp2 = {"tensor_parallel_size": 2, "sequence_parallel": True}
     config = tiny_config(corpus, tmp_path, parallel=tp2)
-    assert ranks.run(not_found, 2, config, [swap_two_files, zeros]) == [[], []]
+    assert [wrong for wrong, _ in ranks.run(not_found, 2, config, [swap_two_files, zeros])] == [[], []]
 
 
 def resume_error(config: RunConfig) -> str:

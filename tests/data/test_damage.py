@@ -170,6 +170,32 @@ def touches(plan: BlendPlan, sample: int) -> bool:
     return any(400 <= token < 800 for token in tokens)
 
 
+IMPOSSIBLE_FACTS = {
+    "another word for a dtype": ({"dtype": "foo"}, "dtype is foo, not one of uint8, "),
+    "no largest token": ({"max_id": None}, "max_id is None"),
+    "a number for a shard": ({"shards": [3]}, "has 3 in place of the facts of a shard"),
+    "a number for all shards": ({"shards": 3}, "has no list of shards"),
+    "made from nothing": ({"made_from": None}, "made_from is None"),
+    "a truth for an id": ({"eod_id": True}, "eod_id is True"),
+    "tokens in words": ({"tokens": "x"}, "tokens is 'x'"),
+    "half a token": ({"tokens": 12.5}, "tokens is 12.5"),
+    "fewer tokens than none": ({"tokens": -1}, "tokens is -1"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE_FACTS)
+def test_a_manifest_that_cannot_be_true_is_refused(tmp_path: Path, case: str) -> None:
+    """Fails if a fact of another type than it can have ends in a traceback, or is taken for true."""
+    write_source(tmp_path)
+    path = tmp_path / "web.manifest.json"
+    content = json.loads(path.read_text())
+    changes, message = IMPOSSIBLE_FACTS[case]
+    (content["shards"][0] if "tokens" in changes else content).update(changes)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"web\.manifest\.json:? {message}"):
+        open_sources.open_data(section(tmp_path), VOCAB, S)
+
+
 def test_documents_that_do_not_end_as_asked_are_refused(tmp_path: Path) -> None:
     """Fails if data.document_boundary=reset runs on shards whose documents it cannot tell apart."""
     write_source(tmp_path)

@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from nemotron_train.data.blend import BlendPlan, Phase
 from nemotron_train.data.ledger import NAME, ConsumptionLedger, samples_of_step
+from nemotron_train.errors import DataError
 
 S = 16
 SOURCES = {"web": 1003, "code": 640}
@@ -52,3 +55,16 @@ def test_a_line_that_a_killed_run_left_half_written_does_not_spoil_the_next(tmp_
     assert len(lines) == 3
     assert samples_of_step(tmp_path, 1) == (range(4), 4 * S, plan.past_hash(4 * S))
     assert samples_of_step(tmp_path, 2) is None
+
+
+@pytest.mark.parametrize("change", [7, {"samples": None}, {"samples": [1]}, {"tokens": [0, "x"]}, {"past_hash": 5}])
+def test_a_line_that_accounts_for_nothing_is_refused_with_its_number(tmp_path: Path, change: object) -> None:
+    """Fails if damage ends in a traceback, or is passed over as the line of a run that was killed may be."""
+    ledger = ConsumptionLedger(tmp_path, BlendPlan(PHASES, SOURCES, seed=1))
+    ledger.begin(0, [])
+    ledger.write(1, 0, 4 * S)
+    good = (tmp_path / NAME).read_text()
+    line = {**json.loads(good.splitlines()[1]), **change} if isinstance(change, dict) else change
+    (tmp_path / NAME).write_text(good + json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=rf"{NAME}, line 3: .* accounts for no step"):
+        samples_of_step(tmp_path, 1)

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from nemotron_train.config.schema import DataSection, PhaseConfig, SourceConfig, SourceWeight
+from nemotron_train.data.loader import SampleReader
 from nemotron_train.data.open_sources import build_plan, check_epochs, open_data
 from nemotron_train.data.tokenizer_file import tokenizer_size
 from nemotron_train.errors import ConfigError, DataError, NemotronTrainError
@@ -57,7 +58,12 @@ def change_source(data: DataSection, **changes: object) -> DataSection:
 BAD_SOURCES = {
     "no such shard": (lambda d: change_source(d, prefixes=["wbe_*"]), DataError, r"no file .*wbe_\*\.idx .*prefixes"),
     "no such held-out shard": (lambda d: change_source(d, eval_prefixes=["hold"]), DataError, "eval_prefixes 'hold'"),
-    "no shards": (lambda d: change_source(d, prefixes=[]), ConfigError, "'web' has no shards"),
+    "weighed without shards": (lambda d: change_source(d, prefixes=[]), ConfigError, "'web' has no shards"),
+    "neither trained nor evaluated on": (
+        lambda d: replace(d, sources=[*d.sources, SourceConfig("more")]),
+        ConfigError,
+        "'more' has no shards",
+    ),
     "shard twice": (lambda d: change_source(d, prefixes=["web_*", "web_1"]), ConfigError, "twice in prefixes: .*web_1"),
     "trained on and held out": (
         lambda d: change_source(d, eval_prefixes=["code"]),
@@ -90,6 +96,32 @@ def test_impossible_sources_are_refused(data: DataSection, case: str) -> None:
         open_data(change(data), VOCAB, S)
 
 
+@pytest.mark.parametrize("weights", [[], [SourceWeight("held", 0.0)]])
+def test_a_source_with_held_out_shards_alone_is_only_evaluated_on(
+    data: DataSection, weights: list[SourceWeight]
+) -> None:
+    """Fails if it is refused, or shifts the sources after it: losses would be logged under another one's name, or other
+    samples be read."""
+    sources = [
+        SourceConfig("held", eval_prefixes=["held"]),
+        replace(data.sources[0], eval_prefixes=[]),
+        data.sources[1],
+    ]
+    phases = [replace(phase, weights=[*weights, *phase.weights]) for phase in data.phases]
+    opened = open_data(replace(data, sources=sources, phases=phases), VOCAB, S)
+    assert [source and source.num_tokens for source in opened.heldout] == [30, None, None]
+    plan = build_plan(replace(data, phases=phases), opened.training, S, seed=0)
+    assert plan.source_names == ("held", "web", "code")
+    before = open_data(data, VOCAB, S).training
+    alone = SampleReader(build_plan(data, before, S, seed=0), before)
+    beside = SampleReader(plan, opened.training)
+    for sample in range(100):
+        number, tokens = beside.read(sample)
+        assert (number - 1, tokens.tolist()) == (alone.read(sample)[0], alone.read(sample)[1].tolist())
+    assert plan.epochs(1000)["held"] == (0.0, 0.0)
+    assert plan.past_hash(800) == alone.plan.past_hash(800)
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(data: DataSection, tmp_path: Path) -> None:
     """Fails if added tokens are not counted, or a model of exactly the tokenizer's size is refused."""
     open_data(data, 999, S)
@@ -97,6 +129,24 @@ def test_a_tokenizer_larger_than_the_model_is_refused(data: DataSection, tmp_pat
         open_data(data, 998, S)
     (tmp_path / "unigram.json").write_text(json.dumps({"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}))
     assert tokenizer_size(tmp_path / "unigram.json") == 2
+
+
+@pytest.mark.parametrize(
+    ("vocab", "message"),
+    [
+        ({}, "is no Hugging Face tokenizer.json: it has no tokens"),
+        ([], "is no Hugging Face tokenizer.json: it has no tokens"),
+        (3, "is no Hugging Face tokenizer.json"),
+        ({"a": 0, "b": "1"}, "token 'b' has the id '1'"),
+        ({"a": 0, "b": -1}, "token 'b' has the id -1"),
+        ({"a": 0, "b": None}, "token 'b' has the id None"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(data: DataSection, tmp_path: Path, vocab: object, message: str) -> None:
+    """Fails if a tokenizer without tokens, or with ids that are none, ends in a traceback or passes."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    with pytest.raises(DataError, match=rf"tokenizer\.json:? {message}"):
+        open_data(data, VOCAB, S)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,11 @@ def flip(path: Path, offset: int, value: bytes) -> None:
     path.write_bytes(bytes(content))
 
 
-BIN, IDX, META = "web_00001.bin", "web_00001.idx", "web_00001.meta.json"
+def rewrite(path: Path, **facts: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+BIN, IDX, META, MANIFEST = "web_00001.bin", "web_00001.idx", "web_00001.meta.json", "web.manifest.json"
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a bit of a token": (lambda f: flip(f / BIN, 200, b"\x05"), [f"{BIN}: bytes 0 to", "damaged or replaced"]),
     "a token beyond the vocabulary": (
@@ -146,6 +150,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: [(f / f"web_00001{s}").write_bytes((f / f"web_00002{s}").read_bytes()) for s in SUFFIXES],
         ["web_00001: tokens is", "the shard was replaced"],
     ),
+    "a fact": (lambda f: rewrite(f / META, tokens="x"), [f"{META}: tokens is 'x', which cannot be"]),
+    "a fact of all shards": (lambda f: rewrite(f / MANIFEST, dtype="foo"), [f"{MANIFEST}: dtype is foo, not one of"]),
     "the facts": (lambda f: (f / META).write_bytes((f / META).read_bytes()[:-5]), [f"{META} is damaged"]),
 }
 
@@ -254,6 +260,7 @@ def experiment(source: Path, tokenizer_path: Path) -> list[str]:
         "{start_tokens: 512, seq_length: 64, weights: [{source: web, weight: 1}]}]",
         "train.seq_length=32",
         "train.global_batch_size=4",
+        "train.micro_batch_size=4",
         "train.train_tokens=2048",
         "train.eval_every_steps=0",
         "lr.warmup_tokens=0",

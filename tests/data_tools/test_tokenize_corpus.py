@@ -189,6 +189,18 @@ def test_finished_output_is_reused_and_other_output_refused(tmp_path: Path, toke
         tokenize([source], out, settings, 1)
 
 
+@pytest.mark.parametrize("names", [("crawl_2024", "crawl"), ("crawl", "crawl_2024")])
+def test_a_source_whose_name_begins_like_another_can_lie_beside_it(
+    tmp_path: Path, tokenizer_path: Path, names: tuple[str, str]
+) -> None:
+    """Fails if shards of `crawl_2024` are taken for those of `crawl`: refused, or reported by verify as too many."""
+    for name in names:
+        made_by(
+            [write_jsonl(tmp_path / "a.jsonl", texts(9))], tmp_path / "out", TokenizeSettings(name, tokenizer_path), 1
+        )
+    assert main(["verify", str(tmp_path / "out"), "--workers", "1"]) == 0
+
+
 def test_a_job_killed_at_any_moment_ends_with_the_same_files(tmp_path: Path, tokenizer_path: Path) -> None:
     """Fails if half a shard is ever visible, or the runs after kills, with other workers, give other files."""
     source = write_jsonl(tmp_path / "web.jsonl", texts(300) * 60)

@@ -1,12 +1,17 @@
 """The trained tokenizer has the asked size, loses no byte and is the same every time."""
 
+import gzip
 import json
 import random
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
+import zstandard
 from tokenizers import Tokenizer
 
+from data_tools.__main__ import main
 from data_tools.train_tokenizer import END_OF_DOCUMENT, train_tokenizer
 from nemotron_train.errors import ConfigError, DataError
 
@@ -92,3 +97,24 @@ def test_impossible_requests_are_explained(tmp_path: Path) -> None:
         train_tokenizer([path], vocab_size=300, sample_bytes=100)
     with pytest.raises(DataError, match=r"missing\.jsonl"):
         train_tokenizer([tmp_path / "missing.jsonl"], vocab_size=300, sample_bytes=100)
+
+
+def test_documents_are_read_as_tokenize_reads_them(tmp_path: Path) -> None:
+    """Fails if a format, a folder, a null text, a blank line or another key is read by one of the two commands only."""
+    words = [f"word{number} thing{number * 7} déjà\r\nvu" for number in range(300)]
+    lines = "".join(json.dumps({"body": text}) + "\n\n" for text in (*words, None)).encode()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    contents = {"a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "a.jsonl.zst": zstandard.compress(lines)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    parquet.write_table(pyarrow.table({"body": [*words, None]}), tmp_path / "a.parquet")
+    for number, text in enumerate(words):
+        (folder / f"{number:03d}.c").write_bytes(text.encode())
+    made = set()
+    for name in (*contents, "a.parquet", "folder"):
+        output = tmp_path / f"{name}.tokenizer.json"
+        options = ["--vocab-size", "300", "--text-key", "body", "--text-suffix", ".c", "--output", str(output)]
+        assert main(["train-tokenizer", "--input", str(tmp_path / name), *options]) == 0
+        made.add(output.read_bytes())
+    assert len(made) == 1
