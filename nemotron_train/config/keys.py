@@ -42,7 +42,7 @@ def describe_keys(section: Any = RunConfig, prefix: str = "") -> list[KeyInfo]:
         if dataclasses.is_dataclass(kind):
             found += describe_keys(kind, key + ".")
             continue
-        comment = comments.get(field.name) or _kind_comment(kind)
+        comment = ". ".join(text for text in (comments.get(field.name), _kind_comment(kind)) if text)
         found.append(KeyInfo(key, type_text(kind), plain(field_default(field)), comment))
         if element := list_element(kind):
             found += describe_keys(element, key + "[].") if dataclasses.is_dataclass(element) else []
@@ -108,7 +108,7 @@ def optional_kind(kind: Any) -> Any:
 
 @cache  # reading source is slow, and a search of layouts lists the keys hundreds of times
 def _kind_comment(kind: Any) -> str:
-    """Return what choices, or the elements of a list, say of themselves, for fields that leave it to them."""
+    """Return what choices, or the elements of a list, say of themselves."""
     documented = optional_kind(kind) or list_element(kind) or kind
     if not getattr(documented, "__module__", "").startswith("nemotron_train."):
         return ""

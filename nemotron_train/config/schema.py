@@ -17,12 +17,8 @@ class Initialization(str, Enum):
     """How weights start. The two differ in the projections that write to the residual stream (std `init_std`
     elsewhere)."""
 
-    gpt = (
-        "gpt"  # init_std / sqrt(2 x layers): a Transformer block adds to the residual twice (Megatron-LM's GPT default)
-    )
-    nemotron_h = (
-        "nemotron_h"  # init_std / sqrt(layers): a layer of the pattern adds to it once (Megatron-LM is_hybrid_model)
-    )
+    gpt = "gpt"  # init_std / sqrt(2 x layers): a Transformer block adds to the residual twice (as Megatron-LM's GPT)
+    nemotron_h = "nemotron_h"  # init_std / sqrt(layers): a layer adds to it once (Megatron-LM is_hybrid_model)
 
 
 class Norm(str, Enum):

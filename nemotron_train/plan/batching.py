@@ -113,6 +113,12 @@ class BatchPlan:
             tokens[segment.seq_length] = tokens.get(segment.seq_length, 0) + steps * segment.tokens_per_step
         return tokens
 
+    @property
+    def main_seq_length(self) -> int:
+        """Return the sample length that most tokens of the run come in."""
+        tokens = self.tokens_by_length()
+        return max(tokens, key=lambda length: tokens[length])
+
     def _ends(self) -> list[int]:
         """Return where each segment ends: where the next one starts, or the run ends."""
         return [*(segment.start_tokens for segment in self.segments[1:]), self.train_tokens]
@@ -146,6 +152,14 @@ def plan_batches(train: TrainSection, phases: Sequence[PhaseConfig], data_parall
 def _latest(values: Mapping[int, int], start: int) -> int:
     """Return the value that was set last at or before `start`."""
     return values[max(known for known in values if known <= start)]
+
+
+def first_sample_length(config: RunConfig) -> tuple[str, int]:
+    """Return the key that sets the sample length of the first step, and that length."""
+    phases = config.data.phases
+    if phases and phases[0].seq_length is not None:
+        return "data.phases[0].seq_length", phases[0].seq_length
+    return "train.seq_length", config.train.seq_length
 
 
 def sample_lengths(config: RunConfig) -> list[tuple[str, int]]:

@@ -101,14 +101,12 @@ def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
     ]
     if layout.context > 1:
         seq_length = plan.batches.seq_length_at(0)
-        rows.append(
-            (
-                "context",
-                f"every rank has 2 runs of {seq_length // (2 * layout.context):,} of the {seq_length:,} tokens of a "
-                f"sample, and scans all of them for {_heads_of_share(plan)} of the {plan.config.model.mamba_num_heads} "
-                "Mamba heads",
-            )
-        )
+        runs = f"2 runs of {seq_length // (2 * layout.context):,} of the {seq_length:,} tokens of a sample"
+        scans = ""
+        if plan.sizes.num_layers[LayerKind.mamba]:
+            heads = plan.config.model.mamba_num_heads
+            scans = f", and scans all of them for {_heads_of_share(plan)} of the {heads} Mamba heads"
+        rows.append(("context", f"every rank has {runs}{scans}"))
     if layout.pipeline == 1:
         return rows
     costs = plan.pipeline_costs()
@@ -122,10 +120,10 @@ def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _precision_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the FP8 audit: every kind of matrix product with its shape on a rank, and why some are not in FP8."""
-    precision, train = plan.config.precision, plan.config.train
+    precision, batches = plan.config.precision, plan.batches
     if not precision.format.is_fp8:
         return []
-    tp_size, tokens = plan.layout.tensor, train.seq_length // plan.layout.context * train.micro_batch_size
+    tp_size, tokens = plan.layout.tensor, batches.seq_length_at(0) // plan.layout.context * batches.micro_batch_size
     kinds = Counter((gemm.name.split(".", 3)[-1], gemm.on_rank(tp_size), gemm.reason) for gemm in plan.gemms)
     in_fp8 = sum(gemm.in_fp8 for gemm in plan.gemms)
     primary = ", whose weights ranks hold in FP8 only" if precision.primary_weights is PrimaryWeights.fp8 else ""

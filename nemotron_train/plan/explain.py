@@ -131,31 +131,44 @@ def _text(value: Any) -> str:
 
 def _set_by(key: str, overrides: Sequence[str]) -> list[str]:
     """Return where the value of this run comes from, the last word first: command line, experiments, groups."""
-    if any(override.lstrip("+").partition("=")[0] == key for override in overrides):
+    given = {name: value for name, _, value in (override.lstrip("+").partition("=") for override in overrides)}
+    key = key.partition("[]")[0]
+    if key in given:
         return ["the command line"]
-    section, name = key.partition("[]")[0].split(".")
-    experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), None)
-    files = list(_experiment_files(experiment)) if experiment else []
-    groups: dict[str, str] = {}  # the choice that counts: the command line's, then the nearest experiment's
-    for file in [*(override.replace("=", "/") for override in overrides), *files]:
-        groups.setdefault(file.partition("/")[0], file)
-    candidates = [*(file for file in files if file.startswith("experiment/")), groups.get(section)]
-    lines = ((file, _line(file, section, name)) for file in candidates if file)
+    section, name = key.split(".")
+    experiments = _recipes("experiment", _choice(given.get("experiment", "")))
+    # The choice that counts is the command line's, then the nearest experiment's, then that of every run.
+    choices = [_choice(given[section])] if section in given else []
+    choices += [choice for file in (*experiments, "train") for choice in _group_choices(file, section)]
+    files = [*experiments, *_recipes(section, next(iter(choices), None))]
+    lines = ((file, _line(file, section, name)) for file in files)
     return [f"recipes/{file}.yaml: {line}" for file, line in lines if line][:1]
 
 
-def _experiment_files(experiment: str) -> Iterator[str]:
-    """Yield an experiment, the experiments it starts from, and the groups each chooses; the nearest first."""
-    yield f"experiment/{experiment}"
-    tree = yaml.safe_load((RECIPES / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
-    defaults = tree.get("defaults", [])
-    for entry in defaults:
+def _choice(text: str) -> Any:
+    """Return what a group is set to on the command line, where it may be quoted."""
+    return yaml.safe_load(text)
+
+
+def _recipes(group: str, choice: Any) -> list[str]:
+    """Return the files of a choice (or of several) and of the ones it starts from, the last word first."""
+    files = []
+    for name in reversed(choice if isinstance(choice, list) else [choice] if choice else []):
+        parents = [entry for entry in _defaults(f"{group}/{name}") if isinstance(entry, str) and entry != "_self_"]
+        files += [f"{group}/{name}", *_recipes(group, parents)]
+    return files
+
+
+def _group_choices(file: str, group: str) -> Iterator[Any]:
+    """Yield what a recipe's defaults choose for a group."""
+    for entry in _defaults(file):
         if isinstance(entry, dict):
-            for group, choice in entry.items():
-                yield f"{group.removeprefix('override /')}/{choice}"
-    for entry in defaults:
-        if isinstance(entry, str) and entry != "_self_":
-            yield from _experiment_files(entry)
+            yield from (choice for name, choice in entry.items() if name.removeprefix("override /") == group)
+
+
+def _defaults(file: str) -> list[Any]:
+    tree = yaml.safe_load((RECIPES / f"{file}.yaml").read_text(encoding="utf-8"))
+    return tree.get("defaults", [])
 
 
 def _line(file: str, section: str, name: str) -> str | None:

@@ -80,14 +80,19 @@ class RankMemory:
 
 
 def plan_memory(plan: RunPlan) -> list[RankMemory]:
-    """Count every pipeline rank at the longest samples of the run."""
-    longest = max(plan.batches.segments, key=lambda segment: segment.seq_length)
-    micro_batches = plan.batches.num_micro_batches_at(longest.start_tokens)
-    gemms = plan.gemms
-    return [
-        _rank_memory(plan, rank, _gemms_of(plan, rank, gemms), longest.seq_length, micro_batches)
-        for rank in range(plan.layout.pipeline)
-    ]
+    """Count every pipeline rank at the fullest step: of longer samples, or of more micro-batches in flight."""
+    batches, gemms = plan.batches, plan.gemms
+    taken = {
+        (segment.seq_length, batches.num_micro_batches_at(segment.start_tokens))
+        for segment, steps in batches.steps_by_segment()
+        if steps
+    }
+    fullest = []
+    for rank in range(plan.layout.pipeline):
+        weights = _gemms_of(plan, rank, gemms)
+        counted = [_rank_memory(plan, rank, weights, *length_and_number) for length_and_number in sorted(taken)]
+        fullest.append(max(counted, key=lambda memory: memory.peak + memory.beside_graphs))
+    return fullest
 
 
 def memory_gib_per_gpu(ranks: Iterable[RankMemory]) -> float:

@@ -111,7 +111,9 @@ def _cut_evenly(costs: _ChunkCosts) -> tuple[int, ...]:
     Two exact passes of dynamic programming from the last chunk backwards: the first finds the smallest possible
     maximum, the second the smallest sum of squares that keeps to it.
     """
-    maximum = _best_cuts(costs, limit=inf, join=max)[0]
+    edges = [costs.num_layers * chunk // costs.num_chunks for chunk in range(costs.num_chunks + 1)]
+    of_equal_counts = max(costs.of(chunk, *ends) for chunk, ends in enumerate(pairwise(edges)))  # no best is above it
+    maximum = _best_cuts(costs, limit=of_equal_counts, join=max)[0]
     return _best_cuts(costs, limit=maximum, join=lambda cost, rest: cost * cost + rest)[1]
 
 
@@ -120,11 +122,12 @@ def _best_cuts(costs: _ChunkCosts, limit: float, join: Join) -> tuple[float, tup
     for chunk in reversed(range(costs.num_chunks)):
         previous, best = best, {}
         for start in range(chunk, costs.num_layers) if chunk else (0,):
-            options = [
-                (join(cost, previous[end][0]), (end, *previous[end][1]))
-                for end in costs.ends(chunk, start)
-                if end in previous and (cost := costs.of(chunk, start, end)) <= limit
-            ]
+            options = []
+            for end in costs.ends(chunk, start):
+                if (cost := costs.of(chunk, start, end)) > limit:
+                    break  # more layers cost more
+                if end in previous:
+                    options.append((join(cost, previous[end][0]), (end, *previous[end][1])))
             if options:
                 best[start] = min(options)
     score, ends = best[0]

@@ -55,45 +55,44 @@ def run_step(chunks: Sequence[float], pp_size: int, micro_batches: int, limit: f
     Args:
         limit: a step that will take as long is not run to its end, and answered with this.
     """
-    vpp_size = len(chunks) // pp_size
-    ranks = [
-        _Rank(order_of(rank, pp_size, vpp_size, micro_batches), rank, micro_batches * sum(chunks[rank::pp_size]))
-        for rank in range(pp_size)
-    ]
-    ended: dict[Pass, float] = {}  # by chunk instead of virtual stage
-    waiting = ranks
-    while waiting:
-        for rank in waiting:
-            rank.run_on(chunks, pp_size, ended)
-            if rank.clock + rank.left >= limit:
-                return limit
-        waiting = [rank for rank in waiting if rank.place < len(rank.order)]
-    return max(rank.clock for rank in ranks)
+    work = [chunk / 3 for chunk in chunks] + [chunk * 2 / 3 for chunk in chunks]
+    clocks = [0.0] * pp_size  # when the last pass of each rank ended
+    left = [micro_batches * sum(chunks[rank::pp_size]) for rank in range(pp_size)]
+    ended = [0.0]  # the start of the step, then every pass
+    for rank, kind, needed in _passes_of_all(pp_size, len(chunks) // pp_size, micro_batches):
+        clock, there = clocks[rank], ended[needed]
+        clock = (clock if clock > there else there) + work[kind]  # max() is slower
+        left[rank] -= work[kind]
+        if clock + left[rank] >= limit:
+            return limit
+        clocks[rank] = clock
+        ended.append(clock)
+    return max(clocks)
 
 
-class _Rank:
-    def __init__(self, order: Sequence[Pass], rank: int, left: float) -> None:
-        self.order, self.rank = order, rank
-        self.place, self.clock = 0, 0.0  # of the next pass in its order; when the last one ended
-        self.left = left  # work that is not done
-
-    def run_on(self, chunks: Sequence[float], pp_size: int, ended: dict[Pass, float]) -> None:
-        """Run passes until one needs what is not there yet."""
-        last = len(chunks) - 1
-        while self.place < len(self.order):
-            backward, micro_batch, stage = self.order[self.place]
-            chunk = stage * pp_size + self.rank
-            if backward:
-                needed = (False, micro_batch, chunk) if chunk == last else (True, micro_batch, chunk + 1)
-            else:
-                needed = (False, micro_batch, chunk - 1)
-            if (backward or chunk) and needed not in ended:
-                return
-            work = chunks[chunk] * (2 if backward else 1) / 3
-            self.clock = max(self.clock, ended.get(needed, 0.0)) + work
-            self.left -= work
-            ended[backward, micro_batch, chunk] = self.clock
-            self.place += 1
+@lru_cache(maxsize=16)  # a search runs one layout thousands of times, then the next
+def _passes_of_all(pp_size: int, vpp_size: int, micro_batches: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the passes of all ranks in one row, each after what it needs: rank, chunk (backward: after all of them),
+    and the place in this row, from 1 on, of what it needs (0: nothing)."""
+    num_chunks = pp_size * vpp_size
+    orders = [list(reversed(order_of(rank, pp_size, vpp_size, micro_batches))) for rank in range(pp_size)]
+    passes: list[tuple[int, int, int]] = []
+    places: dict[Pass, int] = {}  # by chunk instead of virtual stage
+    while any(orders):
+        for rank, order in enumerate(orders):
+            while order:
+                backward, micro_batch, stage = order[-1]
+                chunk = stage * pp_size + rank
+                if backward:
+                    needed = (False, micro_batch, chunk) if chunk == num_chunks - 1 else (True, micro_batch, chunk + 1)
+                else:
+                    needed = (False, micro_batch, chunk - 1)
+                if (backward or chunk) and needed not in places:
+                    break
+                passes.append((rank, chunk + backward * num_chunks, places.get(needed, 0)))
+                places[backward, micro_batch, chunk] = len(passes)
+                order.pop()
+    return tuple(passes)
 
 
 def most_in_flight(kept: Iterable[int], pp_size: int, rank: int, micro_batches: int) -> int:

@@ -26,7 +26,7 @@ class RunPlan:
     pattern: ParsedPattern
     chunks: tuple[range, ...]  # global layer indices of every model chunk, in pipeline order
     batches: BatchPlan
-    sizes: ModelSizes
+    sizes: ModelSizes  # FLOPs of a token as in the first step
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:
@@ -72,8 +72,9 @@ class RunPlan:
         return learning_rate(self.config.lr, self.config.train.train_tokens, consumed_tokens)
 
     def pipeline_costs(self) -> list[float]:
-        """Return the seconds of one micro-batch, forward and backward, on every pipeline rank (of H200s)."""
-        costs = stage_costs(self.config, self.pattern, self.config.train.seq_length)
+        """Return the seconds of one micro-batch, forward and backward, on every pipeline rank (of H200s), of samples as
+        long as the cut is made for."""
+        costs = stage_costs(self.config, self.pattern, self.batches.main_seq_length)
         return rank_costs(self.chunks, costs, self.layout.pipeline)
 
 
@@ -86,9 +87,8 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     check_rules(config, world_size)
     layout = plan_layout(config.parallel, world_size)
     pattern = parse_pattern(config.model.layer_pattern)
-    seq_length = config.train.seq_length
-    costs = stage_costs(config, pattern, seq_length)
     batches = plan_batches(config.train, config.data.phases, layout.data)
+    costs = stage_costs(config, pattern, batches.main_seq_length)
     # Virtual stages are cut for the segment with most micro-batches: batches grow, so most steps are its.
     micro_batches = max(batches.num_micro_batches_at(segment.start_tokens) for segment in batches.segments)
     return RunPlan(
@@ -97,5 +97,5 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         pattern=pattern,
         chunks=cut_pipeline(pattern, costs, layout.pipeline, layout.virtual_pipeline, micro_batches),
         batches=batches,
-        sizes=count_model(config.model, pattern, seq_length),
+        sizes=count_model(config.model, pattern, batches.seq_length_at(0)),
     )

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from nemotron_train.config.keys import describe_keys, near_miss
 from nemotron_train.config.schema import DocumentBoundary, LrSchedule, Recompute, RunConfig
-from nemotron_train.plan.batching import plan_batches
+from nemotron_train.plan.batching import first_sample_length, plan_batches
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_multiples
 
@@ -52,12 +52,13 @@ def batch_schedule_rises(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def train_tokens_hold_a_step(config: RunConfig, world_size: int) -> Iterator[str]:
-    train = config.train
-    tokens_per_step = train.global_batch_size * train.seq_length
+    train, (key, seq_length) = config.train, first_sample_length(config)
+    tokens_per_step = train.global_batch_size * seq_length
     if train.train_tokens < tokens_per_step:
         yield (
             f"train.train_tokens={train.train_tokens} is less than one step of {tokens_per_step} tokens "
-            f"(train.global_batch_size={train.global_batch_size} x train.seq_length={train.seq_length})."
+            f"(train.global_batch_size={train.global_batch_size} x {key}={seq_length}). "
+            "Train longer, or make the step smaller."
         )
 
 
@@ -250,6 +251,8 @@ def saves_beside_training_are_periodic(config: RunConfig, world_size: int) -> It
 
 
 def allowed_changes_are_keys(config: RunConfig, world_size: int) -> Iterator[str]:
+    if not config.checkpoint.allow_change:
+        return  # a search of layouts asks hundreds of times, and listing the keys is slow
     known = [info.key for info in describe_keys()]
     for named in config.checkpoint.allow_change:
         if named and not any(key == named or key.startswith((f"{named}.", f"{named}[")) for key in known):

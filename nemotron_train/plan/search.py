@@ -14,21 +14,22 @@ from typing import Any
 
 from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
 from nemotron_train.errors import ConfigError
-from nemotron_train.plan.batching import plan_batches
+from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.gpu_table import Gpu
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.measured import GPUS_PER_NODE
 from nemotron_train.plan.memory import RankMemory, memory_gib_per_gpu, needed_gib, plan_memory
 from nemotron_train.plan.nearest import nearest_multiples
+from nemotron_train.plan.pattern import CUT
 from nemotron_train.plan.precision_map import FP8_BLOCK
 from nemotron_train.plan.rank_share import tokens_on_rank
-from nemotron_train.plan.rules import check_rules
+from nemotron_train.plan.rules import check_rules, keys_split_over_tensor_parallel_ranks
 from nemotron_train.plan.run_plan import RunPlan, plan_run
 from nemotron_train.plan.step_time import BEYOND_TWO_GPUS, has_times, plan_time
 
 TENSOR_SIZES, CONTEXT_SIZES, PIPELINE_SIZES = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
 VIRTUAL_SIZES, MICRO_BATCH_SIZES = (1, 2, 4), (1, 2, 4)
-SHOWN, CUT_FOR_THEMSELVES = 12, 24
+SHOWN = 12
 LONG_SAMPLE = 16_384  # tokens; shorter samples are not split over context-parallel ranks here
 
 
@@ -45,14 +46,16 @@ class Candidate:
     memory_gib: float
     tokens_per_second_per_gpu: float
     days: float
+    uncut_pattern: str | None  # of the model, where the run asked for has cuts by hand; they belong to its own layout
 
     def overrides(self) -> str:
         """Return what to write on the command line."""
+        pattern = f" 'model.layer_pattern=\"{self.uncut_pattern}\"'" if self.uncut_pattern else ""
         return (
             f"parallel.tensor_parallel_size={self.tensor} parallel.sequence_parallel={str(self.tensor > 1).lower()} "
             f"parallel.context_parallel_size={self.context} parallel.pipeline_parallel_size={self.pipeline} "
             f"parallel.virtual_pipeline_size={self.virtual_pipeline} train.micro_batch_size={self.micro_batch_size} "
-            f"train.recompute={self.recompute.value}"
+            f"train.recompute={self.recompute.value}{pattern}"
         )
 
 
@@ -77,39 +80,31 @@ def search_layouts(config: RunConfig, world_size: int, gpu: Gpu) -> Found:
         raise ConfigError(f"precision.format={config.precision.format.value} has no measured times to rank layouts by.")
     candidates: list[Candidate] = []
     refused: Counter[str] = Counter()
-    last: RunPlan | None = None
     for trial in _layouts(config):
-        problem = refusal(trial, world_size)
-        if problem is not None:
-            refused[problem] += 1
+        if (reason := refusal(trial, world_size)) is not None:
+            refused[reason] += 1
             continue
-        if last is None or last.config.parallel != trial.parallel:
-            last = plan_run(trial, world_size)
-        else:  # another micro-batch: every layer takes longer about alike, so the pipeline is cut as it was
-            batches = plan_batches(trial.train, trial.data.phases, last.layout.data)
-            last = replace(last, config=trial, batches=batches)
-        candidates += _candidates(last, gpu, refused)
-    candidates.sort(key=_speed, reverse=True)
-    first = (_cut_for_itself(each, config, world_size, gpu) for each in candidates[:CUT_FOR_THEMSELVES])
-    candidates[:CUT_FOR_THEMSELVES] = [each for each in first if each is not None]
-    candidates.sort(key=_speed, reverse=True)
+        plan = plan_run(trial, world_size)  # cut for itself: the cut goes by micro-batches and recomputation too
+        ranks = plan_memory(plan)
+        if needed_gib(ranks) > gpu.memory_gib:
+            refused[f"needs more than the {gpu.memory_gib:g} GiB of {gpu.name}"] += 1
+            continue
+        candidates.append(_candidate(plan, ranks, gpu, cut_by_hand=CUT in config.model.layer_pattern))
+    candidates.sort(key=lambda each: each.tokens_per_second_per_gpu, reverse=True)
     return Found(
         world_size, gpu, tuple(candidates), tuple(refused.most_common()), tuple(batch_advice(config, world_size))
     )
 
 
-def _speed(candidate: Candidate) -> float:
-    return candidate.tokens_per_second_per_gpu
-
-
 def _layouts(config: RunConfig) -> Iterator[RunConfig]:
-    """Yield the run under every layout and micro-batch, without recomputation."""
-    contexts = CONTEXT_SIZES if config.train.seq_length >= LONG_SAMPLE else (1,)
+    """Yield the run under every layout, micro-batch and way to recompute."""
+    longest = max(length for _, length in sample_lengths(config))
+    contexts = CONTEXT_SIZES if longest >= LONG_SAMPLE else (1,)
     for tensor, context, pipeline, virtual in product(TENSOR_SIZES, contexts, PIPELINE_SIZES, VIRTUAL_SIZES):
         if virtual > 1 and pipeline == 1:
             continue
-        for micro_batch in MICRO_BATCH_SIZES:
-            yield _under_layout(config, (tensor, context, pipeline, virtual), micro_batch, Recompute.none)
+        for micro_batch, recompute in product(MICRO_BATCH_SIZES, Recompute):
+            yield _under_layout(config, (tensor, context, pipeline, virtual), micro_batch, recompute)
 
 
 def _under_layout(
@@ -129,7 +124,7 @@ def _under_layout(
         pipeline_parallel_size=pipeline,
         virtual_pipeline_size=virtual,
     )
-    model = replace(config.model, layer_pattern=config.model.layer_pattern.replace("|", ""))
+    model = replace(config.model, layer_pattern=config.model.layer_pattern.replace(CUT, ""))
     train = replace(config.train, micro_batch_size=micro_batch_size, recompute=recompute)
     return replace(config, parallel=parallel, model=model, train=train)
 
@@ -141,7 +136,7 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
     ranks = ranks_per_replica(parallel)
     if world_size % ranks:
         return f"{world_size:,} GPUs do not hold whole replicas of tensor x context x pipeline GPUs"
-    for name in ("mamba_num_groups", "num_query_groups"):
+    for name in keys_split_over_tensor_parallel_ranks(config.model):
         if (count := getattr(config.model, name)) % tensor:
             return f"model.{name}={count} cannot be split over parallel.tensor_parallel_size={tensor}"
     samples = world_size // ranks * train.micro_batch_size
@@ -150,9 +145,10 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
             f"train.global_batch_size={train.global_batch_size} does not divide among data-parallel ranks x "
             "train.micro_batch_size"
         )
-    tokens = tokens_on_rank(config, train.seq_length).residual
-    if config.precision.format is PrecisionFormat.fp8_block and tokens % FP8_BLOCK:
-        return f"the tokens of a rank are not a multiple of the {FP8_BLOCK} of an FP8 block (such as {tokens:,})"
+    for _, length in sample_lengths(config):
+        tokens = tokens_on_rank(config, length).residual
+        if config.precision.format is PrecisionFormat.fp8_block and tokens % FP8_BLOCK:
+            return f"the tokens of a rank are not a multiple of the {FP8_BLOCK} of an FP8 block (such as {tokens:,})"
     if parallel.virtual_pipeline_size > 1 and train.global_batch_size // samples % parallel.pipeline_parallel_size:
         return "virtual stages need a multiple of the pipeline size of micro-batches on a rank"
     try:
@@ -163,22 +159,7 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
     return None
 
 
-def _candidates(plan: RunPlan, gpu: Gpu, refused: Counter[str]) -> Iterator[Candidate]:
-    """Yield what fits of one layout. It stays cut as without recomputation, which slows all layers about alike."""
-    for recompute in Recompute:
-        train = replace(plan.config.train, recompute=recompute)
-        trial = replace(plan, config=replace(plan.config, train=train))
-        if (reason := refusal(trial.config, plan.layout.world_size)) is not None:
-            refused[reason] += 1
-            continue
-        ranks = plan_memory(trial)
-        if needed_gib(ranks) > gpu.memory_gib:
-            refused[f"needs more than the {gpu.memory_gib:g} GiB of {gpu.name}"] += 1
-            continue
-        yield _candidate(trial, ranks, gpu)
-
-
-def _candidate(plan: RunPlan, ranks: Sequence[RankMemory], gpu: Gpu) -> Candidate:
+def _candidate(plan: RunPlan, ranks: Sequence[RankMemory], gpu: Gpu, cut_by_hand: bool) -> Candidate:
     layout, train, timed = plan.layout, plan.config.train, plan_time(plan, gpu)
     return Candidate(
         layout.tensor,
@@ -190,18 +171,8 @@ def _candidate(plan: RunPlan, ranks: Sequence[RankMemory], gpu: Gpu) -> Candidat
         memory_gib_per_gpu(ranks),
         timed.tokens_per_second_per_gpu,
         timed.days,
+        plan.config.model.layer_pattern if cut_by_hand else None,
     )
-
-
-def _cut_for_itself(found: Candidate, config: RunConfig, world_size: int, gpu: Gpu) -> Candidate | None:
-    """Return a layout with the cut that it gets as a run of its own, or None if it does not fit then. The search cuts
-    each layout once, and the cut into virtual stages goes by the number of micro-batches and by recomputation too."""
-    if found.virtual_pipeline == 1:
-        return found
-    layout = (found.tensor, found.context, found.pipeline, found.virtual_pipeline)
-    plan = plan_run(_under_layout(config, layout, found.micro_batch_size, found.recompute), world_size)
-    ranks = plan_memory(plan)
-    return _candidate(plan, ranks, gpu) if needed_gib(ranks) <= gpu.memory_gib else None
 
 
 def batch_advice(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -215,7 +186,8 @@ def batch_advice(config: RunConfig, world_size: int) -> Iterator[str]:
         f"context x pipeline is a multiple of {needed}"
     )
     for tensor in TENSOR_SIZES:
-        divides = all(getattr(config.model, name) % tensor == 0 for name in ("mamba_num_groups", "num_query_groups"))
+        shared_out = (getattr(config.model, key) for key in keys_split_over_tensor_parallel_ranks(config.model))
+        divides = not any(count % tensor for count in shared_out)
         if not divides or world_size % tensor or needed == tensor:
             continue
         counts = {tensor * divisor for divisor in range(1, batch + 1) if batch % divisor == 0}
@@ -244,13 +216,13 @@ def describe_search(found: Found) -> str:
     lines = [
         f"{len(found.candidates)} layouts run on {found.world_size:,} GPUs of {found.gpu.memory_gib:g} GiB "
         f"({found.gpu.name}), fastest first:",
-        "  tensor  context  pipeline  virtual  micro-batch  recompute    GiB  tokens/s/GPU     days",
+        "  tensor  context  pipeline  virtual  micro-batch  recompute    GiB  tokens/s/GPU       days",
     ]
     for found_one in found.candidates[:SHOWN]:
         lines.append(
             f"{found_one.tensor:8}{found_one.context:9}{found_one.pipeline:10}{found_one.virtual_pipeline:9}"
             f"{found_one.micro_batch_size:13}{found_one.recompute.value:>11}{found_one.memory_gib:7.1f}"
-            f"{found_one.tokens_per_second_per_gpu:14,.0f}{found_one.days:9.4g}"
+            f"{found_one.tokens_per_second_per_gpu:14,.0f}  {found_one.days:9.4g}"
         )
     if found.candidates:
         lines += ["The first, on the command line:", f"  {found.candidates[0].overrides()}"]

@@ -115,6 +115,29 @@ def test_full_recomputation_keeps_the_inputs_of_the_layers_alone() -> None:
     assert first_of_two[0].working > first_of_two[1].working
 
 
+STAGES = ("parallel.pipeline_parallel_size=4", "model.layer_pattern=M-M-|M-M*-|M-M-|M-M*-")  # of 4 ranks each
+
+
+def test_a_rank_is_counted_at_the_fullest_of_the_steps_that_are_taken() -> None:
+    """Fails if a batch that grows is counted at its few early micro-batches, or at those of steps that no run takes; or
+    if all ranks are counted in one part of the run, where the first is fullest of many micro-batches and the last of
+    long samples."""
+    few, many = (memory(*STAGES, f"train.global_batch_size={batch}", world_size=16) for batch in (1, 64))
+    grows = "train.batch_schedule=[{start_tokens: %d, global_batch_size: 64}]"
+    start = "train.global_batch_size=1"
+    assert memory(*STAGES, start, grows % 10**12, world_size=16) == many
+    assert memory(*STAGES, start, grows % 10**14, world_size=16) == few  # after the run's end
+    long = memory(*STAGES, start, "train.seq_length=16384", world_size=16)
+    both = memory(
+        *STAGES, "train.global_batch_size=64",
+        "train.batch_schedule=[{start_tokens: 524_288_000, global_batch_size: 1}]",
+        "data.phases.1.start_tokens=524_288_000", "data.phases.1.seq_length=16384", "data.phases.2.seq_length=16384",
+        world_size=16,
+    )  # fmt: skip
+    assert both == [max(pair, key=lambda rank: rank.peak) for pair in zip(many, long, strict=True)]
+    assert (both[0], both[-1]) == (many[0], long[-1])
+
+
 def test_optimizer_state_is_split_over_data_and_context_parallel_ranks() -> None:
     """Fails if replicas, or ranks that share a sample, each hold the whole state."""
     (one,), (many,) = memory(world_size=4), memory("train.global_batch_size=64", world_size=64)

@@ -131,6 +131,18 @@ def test_samples_of_128k_tokens_move_the_cuts() -> None:
     assert short_costs[long.layers.index(LayerKind.attention)] < short_costs[2]
 
 
+def test_the_cut_is_for_the_length_that_most_tokens_have() -> None:
+    """Fails if layers are weighed at train.seq_length though most samples have another, or at the first length or the
+    longest; or if the banner's shares are of another length than the cut's."""
+    phases = ("train.global_batch_size=48", "data.phases.1.start_tokens=6_291_456_000")
+    short, long = nano(4, 1, *phases), nano(4, 1, *phases, "train.seq_length=131072")
+    at_first = nano(4, 1, *phases, "data.phases.0.seq_length=131072")
+    later = nano(4, 1, *phases, "data.phases.1.seq_length=131072", "data.phases.2.seq_length=131072")
+    for plan, same in ((at_first, short), (later, long)):
+        assert plan.chunks == same.chunks
+        assert plan.pipeline_costs() == same.pipeline_costs()
+
+
 @pytest.mark.parametrize(("pp_size", "vpp_size"), [(2, 4), (4, 2), (4, 4)])
 def test_virtual_stages_of_the_12b_shorten_the_step(pp_size: int, vpp_size: int) -> None:
     """Fails if virtual stages are so uneven that ranks wait for each other: the step, run event by event, must beat

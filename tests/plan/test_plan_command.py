@@ -96,6 +96,30 @@ def test_text_tells_the_parts_of_a_gpt(capsys: pytest.CaptureFixture[str]) -> No
     assert "not counted" not in capsys.readouterr().out
 
 
+def test_text_tells_of_no_scan_where_nothing_is_scanned(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if context-parallel ranks of a model without Mamba layers are said to scan heads of its unread keys."""
+    assert main(["experiment=stability_830m", "parallel.context_parallel_size=2", "world_size=2"]) == 0
+    out = capsys.readouterr().out
+    assert "every rank has 2 runs of 1,024 of the 4,096 tokens of a sample\n" in out
+    assert "Mamba heads" not in out
+
+
+def test_the_banner_is_of_the_first_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a token's compute, or the tokens of a product, go by train.seq_length where the first phase has another.
+    By hand: attention adds 6 layers x 6 FLOPs x 40 heads x 128 channels to a token for each token of a sample more."""
+    flops = {}
+    for length in (8192, 32768):
+        phase = f"data.phases=[{{start_tokens: 0, seq_length: {length}, weights: [{{source: text, weight: 1}}]}}]"
+        run = ["experiment=nemotron_nano_12b_v2", "data=single_source", "data.path=corpus", phase, "world_size=736"]
+        assert main(run) == 0
+        out = capsys.readouterr().out
+        assert f"{length:,} tokens x 5,120 x " in out
+        assert main([*run, "format=json"]) == 0
+        flops[length] = json.loads(capsys.readouterr().out)["flops_per_token"]
+        assert f"compute    {flops[length] / 1e9:.4g} GFLOP a token" in out
+    assert flops[32768] - flops[8192] == (32768 - 8192) * 6 * 6 * 40 * 128
+
+
 def test_the_long_context_layout_of_the_12b_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if 512k tokens on tensor 8 x context 16 cannot be planned, or context-parallel ranks count as replicas."""
     long = ["parallel.context_parallel_size=16", "train.seq_length=524_288", "train.global_batch_size=92"]

@@ -14,7 +14,7 @@ TP2 = "parallel.tensor_parallel_size=2"
 OVERLAP = "parallel.overlap_tensor_comm=true"
 GRAPHS = "train.cuda_graphs=true"
 PP2 = "parallel.pipeline_parallel_size=2"
-CP2 = "parallel.context_parallel_size=2"
+CP2, CP4 = (f"parallel.context_parallel_size={size}" for size in (2, 4))
 FP8 = ["precision.format=fp8_block", "model.mamba_num_heads=16"]  # sizes that FP8 takes
 WORDS = "whole number", "number", "whole number or null", "number or null"
 
@@ -220,6 +220,13 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         ["model.ffn_hidden_size=481", "parallel.tensor_parallel_size=2", "480 or 482"],
     ),
     (
+        # Megatron-Core's configuration asks for it without attention layers too.
+        "tensor_parallel_size_divides_the_model",
+        [TP2, "model.layer_pattern=M-M-", "model.num_attention_heads=3"],
+        2,
+        ["model.num_attention_heads=3", "parallel.tensor_parallel_size=2", "2 or 4"],
+    ),
+    (
         "tensor_parallel_size_divides_the_vocabulary",
         [TP2, "model.vocab_size=2047"],
         2,
@@ -360,6 +367,12 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         ["train.train_tokens=4000", "lr.decay_tokens=10", "lr.warmup_tokens=0"],
         1,
         ["train.train_tokens=4000", "4096", "train.global_batch_size=16", "train.seq_length=256"],
+    ),
+    (
+        "train_tokens_hold_a_step",
+        ["train.train_tokens=4096", "data.phases.0.seq_length=512", "lr.decay_tokens=10", "lr.warmup_tokens=0"],
+        1,
+        ["train.train_tokens=4096", "8192", "train.global_batch_size=16", "data.phases[0].seq_length=512"],
     ),
     (
         "evaluation_has_something_to_read",
@@ -546,11 +559,17 @@ def test_all_broken_rules_are_reported_together() -> None:
         ([TP2, PP2], 4),
         ([CP2], 2),
         ([CP2, TP2, PP2, "parallel.sequence_parallel=true", "model.mamba_num_heads=12"], 8),
-        (["parallel.context_parallel_size=4", "model.mamba_num_heads=16", "model.mamba_num_groups=2"], 4),
-        (["parallel.context_parallel_size=2", "model.mamba_num_heads=16", "model.mamba_num_groups=4"], 2),
+        ([CP4, "model.mamba_num_heads=16", "model.mamba_num_groups=2"], 4),
+        ([CP2, "model.mamba_num_heads=16", "model.mamba_num_groups=4"], 2),
         (["parallel.pipeline_parallel_size=10"], 10),
         ([TP2, "parallel.sequence_parallel=true", "model.qkv_norm=qkv", "model.position_embedding=rope"], 2),
         (["model.position_embedding=learned", "model.max_position_embeddings=256", "model.layer_pattern=M-M-"], 1),
+        # Keys of layers that the model does not have are not read.
+        ([TP2, "model.layer_pattern='*-*-'", "model.mamba_num_groups=3", "model.mamba_num_heads=7"], 2),
+        ([CP4, "model.layer_pattern='*-*-'", "model.mamba_num_heads=10"], 4),
+        ([CP4, "model.layer_pattern='*-*-'", "model.mamba_num_heads=16", "model.mamba_num_groups=3"], 4),
+        ([TP2, "model.layer_pattern=M*M*", "model.ffn_hidden_size=481"], 2),
+        (["model.layer_pattern=M-M-", "model.num_attention_heads=4", "model.num_query_groups=3"], 1),
         (["checkpoint.resume=runs/a/checkpoints/step_000000100"], 1),
         (["checkpoint.allow_change=[lr,data.phases,train.batch_schedule]"], 1),
         (["checkpoint.keep_last=3", "checkpoint.keep_every_tokens=1000"], 1),

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -58,16 +60,23 @@ def test_a_batch_that_divides_needs_no_advice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "world_size"), [((), 1024), (("train.global_batch_size=64", SHORT, "precision.bf16_last_layers=0"), 16)]
+    ("changes", "world_size"),
+    [
+        ((), 1024),
+        (("train.global_batch_size=64", SHORT, "precision.bf16_last_layers=0"), 16),
+        (("train.global_batch_size=8", f"{SHORT[:-6]}|{SHORT[-6:]}", "parallel.pipeline_parallel_size=2"), 8),
+    ],
 )
 def test_the_layouts_shown_do_what_they_promise(changes: tuple[str, ...], world_size: int) -> None:
-    """Fails if the overrides shown plan another run than the one ranked: of the first case, split over tensor and
-    pipeline; of those with virtual stages, whose cut goes by the micro-batch."""
+    """Fails if the overrides shown plan another run than the one ranked: cut for another micro-batch or way to
+    recompute, with virtual stages or without; or cut by hand for another layout."""
     first = found_on(world_size, *changes).candidates[:SHOWN]
-    virtual = [each for each in first if each.virtual_pipeline > 1]
-    assert virtual if changes else first[0].tensor > 1 < first[0].pipeline
-    for each in [first[0], *virtual]:
-        plan = plan_run(load_config([f"experiment={NANO}", *changes, *each.overrides().split()]), world_size)
+    assert any(each.pipeline > 1 for each in first)
+    assert any(each.virtual_pipeline > 1 for each in first) == bool(changes)
+    for each in first:
+        overrides = [f"experiment={NANO}", *changes, *shlex.split(each.overrides())]
+        plan = plan_run(load_config(overrides), world_size)
+        assert plan.pattern.cuts is None
         assert memory_gib_per_gpu(plan_memory(plan)) == pytest.approx(each.memory_gib)
         assert plan_time(plan).tokens_per_second_per_gpu == pytest.approx(each.tokens_per_second_per_gpu)
 
@@ -98,6 +107,7 @@ TENSOR, PIPELINE = "parallel.tensor_parallel_size", "parallel.pipeline_parallel_
     [
         ((f"{TENSOR}=16",), "model.mamba_num_groups=8 cannot be split over parallel.tensor_parallel_size=16"),
         (("train.seq_length=8064",), "not a multiple of the 128 of an FP8 block"),
+        (("data.phases.1.seq_length=8064",), "not a multiple of the 128 of an FP8 block"),
         (
             (f"{PIPELINE}=4", "parallel.virtual_pipeline_size=2", "train.global_batch_size=6"),
             "virtual stages need a multiple of the pipeline size",
@@ -112,12 +122,36 @@ def test_others_are_left_out_for_their_reason(changes: tuple[str, ...], reason: 
     assert reason in (refusal(experiment_with(NANO, *changes), 16) or "")
 
 
+def test_layouts_go_by_the_layers_that_are_there() -> None:
+    """Fails if a Transformer is kept from as many tensor-parallel ranks as it has heads by keys of Mamba layers, which
+    nothing reads, or such a layout is left out of the advice."""
+    config = experiment_with("stability_830m", f"{TENSOR}=16", "model.mamba_num_groups=3")
+    assert refusal(config, 16) is None
+    assert [line for line in batch_advice(config, 2048) if line.startswith("with tensor 16 alone: ")]
+
+
 @pytest.mark.slow
 def test_long_samples_are_split_over_context_parallel_ranks() -> None:
     """Fails if 512k tokens are left on one rank, or short samples are split for nothing."""
     found = search_layouts(experiment_with("nemotron_nano_12b_v2_long_context", SHORT), 96, H200)
     assert {8, 16} <= {each.context for each in found.candidates}
     assert {each.context for each in found_on(736).candidates} == {1}
+
+
+def test_one_long_phase_is_enough_to_split_samples() -> None:
+    """Fails if context parallelism is not tried because train.seq_length is short, where a phase has long samples."""
+    phases = ("data.phases.1.start_tokens=6_553_600_000", "data.phases.1.seq_length=16384")
+    found = found_on(8, SHORT, "train.global_batch_size=8", *phases, "data.phases.2.seq_length=16384")
+    assert {each.context for each in found.candidates} > {1}
+
+
+def test_columns_stay_apart_in_a_short_run() -> None:
+    """Fails if two numbers of the table are written as one."""
+    found = found_on(1024)
+    short = replace(found, candidates=(replace(found.candidates[0], tokens_per_second_per_gpu=22_680, days=0.0001306),))
+    header, row = describe_search(short).splitlines()[1:3]
+    assert row.split()[-2:] == ["22,680", "0.0001306"]
+    assert len(header) == len(row)
 
 
 def test_programs_get_every_layout() -> None:
