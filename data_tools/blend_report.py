@@ -16,6 +16,7 @@ from data_tools.experiment import load_experiment
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.open_sources import build_plan, open_data
 from nemotron_train.plan.batching import plan_batches
+from nemotron_train.plan.chart_style import write_png
 
 LEGEND_ROWS = 20
 
@@ -104,7 +105,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title(f"What {report['experiment']} reads", loc="left", fontweight="bold")
     figure.legend(loc="outside right upper", frameon=False, reverse=True, ncols=columns)
-    figure.savefig(path, dpi=120)
+    write_png(figure, path)
 
 
 def run(arguments: argparse.Namespace) -> None:
