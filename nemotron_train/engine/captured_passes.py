@@ -24,7 +24,7 @@ from nemotron_train.data.batch import Batch
 logger = logging.getLogger(__name__)
 
 Passes = Callable[[Sequence[Batch], Tensor], list[Any]]  # micro-batches on the device, real tokens -> reports
-Generators = Callable[[], Mapping[str, torch.Generator]]  # those in use, by name
+Generators = Callable[[], Mapping[str, torch.Generator]]  # those in use now, by name; forking them may make others
 
 
 def graph_safe_generators(seed: int) -> Generators:

@@ -20,6 +20,7 @@ from nemotron_train.config.schema import (
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.precision_map import FP8_BLOCK
 from nemotron_train.plan.rank_share import RankTokens, share_of_rank, tokens_on_rank
+from nemotron_train.plan.sizes import convolution_channels
 
 FLOAT32_BYTES = 4
 
@@ -102,8 +103,7 @@ def _mamba(sizes: _Sizes) -> tuple[float, float, float]:
     """Kept: the packed projection and the input of out_proj. Core: the scan's output and states, step sizes, the norm's
     scales."""
     share, tokens, dense = sizes.share, sizes.tokens.layer, sizes.dense
-    inner = share.mamba_num_heads * share.mamba_head_dim
-    convolved = inner + 2 * share.mamba_num_groups * share.mamba_state_dim
+    inner, convolved = share.mamba_num_heads * share.mamba_head_dim, convolution_channels(share)
     packed = inner + convolved + share.mamba_num_heads
     kept = tokens * (packed * dense + inner * sizes.into_product)
     states = tokens / share.mamba_chunk_size * inner * share.mamba_state_dim * dense

@@ -8,7 +8,7 @@ from typing import Any
 from nemotron_train.config.keys import plain
 from nemotron_train.config.schema import ModelSection, PositionEmbedding, QkvNorm, RunConfig
 from nemotron_train.plan.batching import sample_lengths
-from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.pattern import LayerKind, has_layers
 
 # At their defaults a model is one of the family of Nemotron-H and Nano 2, which have none of these parts.
 BEYOND_NEMOTRON_H = (
@@ -68,7 +68,7 @@ def rotated_heads_have_pairs_of_channels(config: RunConfig, world_size: int) -> 
 
 def options_of_attention_need_attention(config: RunConfig, world_size: int) -> Iterator[str]:
     model = config.model
-    if LayerKind.attention.value in model.layer_pattern:
+    if has_layers(model.layer_pattern, LayerKind.attention):
         return
     for key, value, neutral in (
         ("position_embedding", model.position_embedding, PositionEmbedding.none),
@@ -86,7 +86,7 @@ def options_of_attention_need_attention(config: RunConfig, world_size: int) -> I
 
 def mamba_layers_have_no_biases(config: RunConfig, world_size: int) -> Iterator[str]:
     model = config.model
-    if model.linear_bias and LayerKind.mamba.value in model.layer_pattern:
+    if model.linear_bias and has_layers(model.layer_pattern, LayerKind.mamba):
         yield (
             f"model.linear_bias=true is not possible with the Mamba layers (M) of model.layer_pattern="
             f"{model.layer_pattern}: their projections have no biases, here and in the published models. "

@@ -7,6 +7,7 @@ from nemotron_train.config.schema import LrSchedule, PrecisionFormat, PrimaryWei
 from nemotron_train.plan.architecture_rules import beyond_nemotron_h
 from nemotron_train.plan.pattern import LayerKind
 from nemotron_train.plan.precision_map import FP8_BLOCK
+from nemotron_train.plan.rank_share import scan_share
 from nemotron_train.plan.run_plan import RunPlan
 
 
@@ -105,7 +106,7 @@ def _layout_rows(plan: RunPlan) -> list[tuple[str, str]]:
         scans = ""
         if plan.sizes.num_layers[LayerKind.mamba]:
             heads = plan.config.model.mamba_num_heads
-            scans = f", and scans all of them for {_heads_of_share(plan)} of the {heads} Mamba heads"
+            scans = f", and scans all of them for {scan_share(plan.config).mamba_num_heads} of the {heads} Mamba heads"
         rows.append(("context", f"every rank has {runs}{scans}"))
     if layout.pipeline == 1:
         return rows
@@ -194,11 +195,6 @@ def _reached(plan: RunPlan, start_tokens: int) -> str:
 
 def _chunk_text(plan: RunPlan, chunk: range) -> str:
     return "".join(plan.layers[layer].value for layer in chunk)
-
-
-def _heads_of_share(plan: RunPlan) -> int:
-    """Return the Mamba heads that a tensor- and context-parallel rank scans."""
-    return plan.config.model.mamba_num_heads // (plan.layout.tensor * plan.layout.context)
 
 
 def _imbalance(plan: RunPlan) -> float:

@@ -27,6 +27,11 @@ class ParsedPattern:
         return self.layers.count(kind)
 
 
+def has_layers(pattern: str, kind: LayerKind) -> bool:
+    """Return whether any layer is of this kind; where none is, its keys are not read."""
+    return kind.value in pattern
+
+
 def parse_pattern(text: str) -> ParsedPattern:
     """Read a pattern such as `M-M|*-`.
 

@@ -17,6 +17,15 @@ def share_of_rank(model: ModelSection, tp_size: int) -> ModelSection:
     )
 
 
+def scan_share(config: RunConfig) -> ModelSection:
+    """Return the sizes of a rank's share, with the Mamba heads and groups that it scans: with context parallelism, some
+    of its tensor-parallel rank's (`model/head_shares.py`)."""
+    share = share_of_rank(config.model, config.parallel.tensor_parallel_size)
+    cp_size = config.parallel.context_parallel_size
+    groups = max(1, share.mamba_num_groups // cp_size)  # ranks share one where there are fewer
+    return replace(share, mamba_num_heads=share.mamba_num_heads // cp_size, mamba_num_groups=groups)
+
+
 @dataclass(frozen=True)
 class RankTokens:
     """Tokens of one micro-batch on one rank."""

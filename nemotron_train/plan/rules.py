@@ -15,7 +15,7 @@ from nemotron_train.plan.architecture_rules import ARCHITECTURE_RULES
 from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.layout import ranks_per_replica
 from nemotron_train.plan.nearest import nearest_divisors, nearest_multiples, next_multiple
-from nemotron_train.plan.pattern import LayerKind, parse_pattern
+from nemotron_train.plan.pattern import LayerKind, has_layers, parse_pattern
 from nemotron_train.plan.pipeline_cut import check_cut
 from nemotron_train.plan.precision_rules import PRECISION_RULES
 from nemotron_train.plan.ranges import out_of_range
@@ -45,7 +45,7 @@ def pattern_is_readable_and_can_be_cut(config: RunConfig, world_size: int) -> It
 
 def query_groups_divide_attention_heads(config: RunConfig, world_size: int) -> Iterator[str]:
     model = config.model
-    if has_layers(model, LayerKind.attention) and model.num_attention_heads % model.num_query_groups:
+    if has_layers(model.layer_pattern, LayerKind.attention) and model.num_attention_heads % model.num_query_groups:
         yield (
             f"model.num_attention_heads={model.num_attention_heads} is not a multiple of "
             f"model.num_query_groups={model.num_query_groups}: every group serves the same number of heads. "
@@ -55,7 +55,7 @@ def query_groups_divide_attention_heads(config: RunConfig, world_size: int) -> I
 
 def mamba_groups_divide_mamba_heads(config: RunConfig, world_size: int) -> Iterator[str]:
     model = config.model
-    if has_layers(model, LayerKind.mamba) and model.mamba_num_heads % model.mamba_num_groups:
+    if has_layers(model.layer_pattern, LayerKind.mamba) and model.mamba_num_heads % model.mamba_num_groups:
         yield (
             f"model.mamba_num_heads={model.mamba_num_heads} is not a multiple of "
             f"model.mamba_num_groups={model.mamba_num_groups}: every group serves the same number of heads. "
@@ -76,17 +76,12 @@ def ranks_hold_whole_replicas(config: RunConfig, world_size: int) -> Iterator[st
         )
 
 
-def has_layers(model: ModelSection, kind: LayerKind) -> bool:
-    """Return whether any layer is of this kind; other layers' keys are not read."""
-    return kind.value in model.layer_pattern
-
-
 def keys_split_over_tensor_parallel_ranks(model: ModelSection) -> list[str]:
     """Return the keys of the model whose numbers are shared out, narrowest first."""
     keys = ["num_query_groups", "num_attention_heads"]  # whatever the layers: Megatron-Core's configuration checks both
-    if has_layers(model, LayerKind.mamba):
+    if has_layers(model.layer_pattern, LayerKind.mamba):
         keys = ["mamba_num_groups", *keys, "mamba_num_heads"]
-    return [*keys, "ffn_hidden_size"] if has_layers(model, LayerKind.mlp) else keys
+    return [*keys, "ffn_hidden_size"] if has_layers(model.layer_pattern, LayerKind.mlp) else keys
 
 
 def tensor_parallel_size_divides_the_model(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -150,7 +145,7 @@ def mamba_heads_split_over_context_parallel_ranks(config: RunConfig, world_size:
     model, tp_size = config.model, config.parallel.tensor_parallel_size
     cp_size = config.parallel.context_parallel_size
     heads, groups = model.mamba_num_heads, model.mamba_num_groups
-    if cp_size == 1 or not has_layers(model, LayerKind.mamba):
+    if cp_size == 1 or not has_layers(model.layer_pattern, LayerKind.mamba):
         return
     if heads % tp_size or groups % tp_size:
         return  # reported by another rule

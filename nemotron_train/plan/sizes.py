@@ -85,9 +85,13 @@ def mamba_weights(model: ModelSection) -> int:
     return model.hidden_size * projected + inner * model.hidden_size
 
 
+def convolution_channels(model: ModelSection) -> int:
+    """Count the channels x, B and C of a Mamba layer's convolution."""
+    return model.mamba_num_heads * model.mamba_head_dim + 2 * model.mamba_num_groups * model.mamba_state_dim
+
+
 def mamba_parameters(model: ModelSection) -> int:
-    inner = model.mamba_num_heads * model.mamba_head_dim
-    convolved = inner + 2 * model.mamba_num_groups * model.mamba_state_dim  # channels x, B, C
+    inner, convolved = model.mamba_num_heads * model.mamba_head_dim, convolution_channels(model)
     convolution = convolved * model.mamba_conv_kernel + convolved  # and its bias
     vectors = 3 * model.mamba_num_heads  # dt_bias, A_log, D
     norms = norm_parameters(model, model.hidden_size) + inner  # before the layer; gated, before the out projection

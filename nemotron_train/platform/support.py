@@ -7,7 +7,9 @@ import torch
 
 from nemotron_train.config.schema import DocumentBoundary, PrecisionFormat, PrimaryWeights, RunConfig, StateFormat
 from nemotron_train.errors import ConfigError
-from nemotron_train.plan.pattern import LayerKind
+from nemotron_train.plan.pattern import LayerKind, has_layers
+from nemotron_train.plan.rank_share import scan_share
+from nemotron_train.plan.sizes import convolution_channels
 from nemotron_train.platform.device import Platform
 
 GPU_LIBRARIES = {"transformer_engine": "Transformer Engine", "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
@@ -56,8 +58,8 @@ def _check_libraries(wanted: PrecisionFormat) -> None:
 
 
 def _check_convolution(config: RunConfig) -> None:
-    model, parallel = config.model, config.parallel
-    if LayerKind.mamba.value not in model.layer_pattern:
+    model, share = config.model, scan_share(config)
+    if not has_layers(model.layer_pattern, LayerKind.mamba):
         return
     least, most = CONVOLUTION_KERNELS
     if not least <= model.mamba_conv_kernel <= most:
@@ -65,16 +67,14 @@ def _check_convolution(config: RunConfig) -> None:
             f"model.mamba_conv_kernel={model.mamba_conv_kernel}: the kernels of causal-conv1d see {least} to {most} "
             "tokens. Use one of these, or precision.format=fp32."
         )
-    # Of the share of a rank, as `model/head_shares.py` makes it.
-    ranks = parallel.tensor_parallel_size * parallel.context_parallel_size
-    groups = max(1, model.mamba_num_groups // ranks)
-    channels = model.mamba_num_heads // ranks * model.mamba_head_dim + 2 * groups * model.mamba_state_dim
+    channels = convolution_channels(share)
     if channels % CONVOLUTION_CHANNELS:
         raise ConfigError(
             f"The convolution of a rank has {channels} channels, and causal-conv1d's kernels take multiples of "
-            f"{CONVOLUTION_CHANNELS}: model.mamba_num_heads={model.mamba_num_heads} x model.mamba_head_dim="
-            f"{model.mamba_head_dim} over {ranks} ranks, and twice {groups} groups of model.mamba_state_dim="
-            f"{model.mamba_state_dim}. Change one of these, or set precision.format=fp32."
+            f"{CONVOLUTION_CHANNELS}: {share.mamba_num_heads} of model.mamba_num_heads={model.mamba_num_heads} x "
+            f"model.mamba_head_dim={model.mamba_head_dim}, and twice {share.mamba_num_groups} of "
+            f"model.mamba_num_groups={model.mamba_num_groups} x model.mamba_state_dim={model.mamba_state_dim}. "
+            "Change one of these or how they are split, or set precision.format=fp32."
         )
 
 

@@ -33,7 +33,11 @@ def test_a_gpu_without_its_libraries_is_refused(format: str, missing: str, monke
     [
         (["model.mamba_conv_kernel=5"], "mamba_conv_kernel=5: .* 2 to 4"),
         (["model.mamba_conv_kernel=1"], "mamba_conv_kernel=1: .* 2 to 4"),
-        (["model.mamba_head_dim=9"], r"218 channels, .* multiples of 8: .*mamba_head_dim=9 over 1 ranks"),
+        (["model.mamba_head_dim=9"], r"218 channels, .* multiples of 8: 10 of .*mamba_head_dim=9, and twice 2 of"),
+        (
+            ["parallel.context_parallel_size=2", "model.mamba_head_dim=12"],  # 248 of a whole layer
+            "124 channels, .*: 5 of model.mamba_num_heads=10 x .* and twice 1 of",
+        ),
     ],
 )
 def test_a_convolution_that_no_kernel_computes_is_refused(
