@@ -100,8 +100,8 @@ def test_sizes_without_tiles_are_known() -> None:
     [(1, 8, 64, 2, 300), (1, 4, 64, 2, 300), (2, 32, 80, 1, 1024), (8, 128, 80, 1, 512)],
 )
 def test_the_whole_core_on_a_gpu(groups: int, heads: int, head_dim: int, batch: int, seq_length: int) -> None:
-    """Fails if the kernels, compiled, differ from plain torch in float64 by more than bf16 does, or die of a projection
-    whose width (772, of 4 heads) the convolution does not take."""
+    """Fails if the kernels, compiled, differ from plain torch in float64 by more than bf16 does, ours differ from their
+    first results, or a projection ends the run whose width (772, of 4 heads) the convolution does not take."""
     from nemotron_train.ops.triton_core import mamba_core
 
     sizes = MixerSizes(heads, head_dim, groups, state=128, conv_kernel=4, chunk=128, epsilon=1e-5)
@@ -122,9 +122,10 @@ def test_the_whole_core_on_a_gpu(groups: int, heads: int, head_dim: int, batch: 
     expected = run(torch_core.mamba_core, torch.float64, torch.float64)
     found = run(mamba_core, torch.bfloat16, torch.float32)
     again = run(mamba_core, torch.bfloat16, torch.float32)
+    by_published_kernels = projected.shape[-1] % 8 != 0  # which add up atomically, as their convolution always does
     for name, right, ours, second in zip(
         ("out", "d_zxBCdt", *CoreWeights._fields), expected, found, again, strict=True
     ):
         difference = (ours.double() - right).norm() / right.norm()
         assert difference < 0.015, f"{name}: {difference}"
-        assert torch.equal(ours, second) or name.startswith("conv"), name  # the published kernel adds up atomically
+        assert torch.equal(ours, second) or by_published_kernels or name.startswith("conv"), name
