@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rich.console import Console
-
+from data_tools.console import plain_console
 from nemotron_train.errors import EXIT_FAILED, DataError, NemotronTrainError
 
 # The file of each command, and what it does. A file has add_options(parser) and run(arguments); only the one asked for
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except NemotronTrainError as error:
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False).print(f"error: {error}")
+        plain_console(stderr=True).print(f"error: {error}")
         return EXIT_FAILED
     return 0
 

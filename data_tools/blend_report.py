@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from rich.console import Console
 from rich.table import Table
 
+from data_tools.console import plain_console
 from data_tools.experiment import load_experiment
 from nemotron_train.config.schema import RunConfig
 from nemotron_train.data.open_sources import build_plan, open_data
@@ -111,11 +111,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def run(arguments: argparse.Namespace) -> None:
     report = describe_blend(load_experiment(arguments.overrides))
     if arguments.json:
-        Console(soft_wrap=True, markup=False, highlight=False, emoji=False).print(json.dumps(report, indent=1))
+        plain_console().print(json.dumps(report, indent=1))
     else:
-        Console(soft_wrap=True).print(table_of(report))
+        plain_console().print(table_of(report))
     for warning in warnings_of(report):
-        Console(stderr=True, soft_wrap=True).print(f"[yellow]warning[/]: {warning}")
+        plain_console(stderr=True).print(f"warning: {warning}", style="yellow")
     if arguments.png is not None:
         draw(report, arguments.png)
 

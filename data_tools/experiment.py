@@ -15,5 +15,5 @@ def load_experiment(overrides: Sequence[str]) -> RunConfig:
         ConfigError: a key is unknown or its value out of range, or keys do not go together on any number of ranks.
     """
     config = load_config(overrides)
-    check_rules(config, ranks_per_replica(config.parallel))
+    check_rules(config, max(1, ranks_per_replica(config.parallel)))  # sizes below 1 are named by the rules
     return config

@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
+from data_tools.console import plain_console
 from data_tools.shard_streams import open_checked, piece_of, write_pieces
 from nemotron_train.data.shard_meta import ShardMeta
 from nemotron_train.errors import ConfigError
@@ -21,7 +20,7 @@ def merge(prefixes: Sequence[Path], output: Path) -> ShardMeta:
 
 def run(arguments: argparse.Namespace) -> None:
     meta = merge(arguments.input, arguments.output)
-    Console(stderr=True, soft_wrap=True).print(f"{arguments.output}: {meta.documents} documents, {meta.tokens} tokens")
+    plain_console(stderr=True).print(f"{arguments.output}: {meta.documents} documents, {meta.tokens} tokens")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

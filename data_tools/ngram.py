@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
+from data_tools.console import plain_console
 from nemotron_train.data.shard import Shard
 from nemotron_train.errors import DataError
 
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, losses in [*report.sources.items(), ("all", report.pooled)]:
         numbers = (losses.unigram_entropy, losses.unigram_loss, losses.bigram_loss)
         table.add_row(name, f"{losses.num_tokens:,}", *(f"{number:.4f}" for number in numbers))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

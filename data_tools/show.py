@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from tokenizers import Tokenizer
 
+from data_tools.console import plain_console
 from data_tools.encoders import load_tokenizer, tokenizer_file
 from data_tools.experiment import load_experiment
 from nemotron_train.config.schema import RunConfig
@@ -74,7 +74,7 @@ def windows_of_step(config: RunConfig, blend: BlendPlan, step: int) -> tuple[ran
 
 
 def run(arguments: argparse.Namespace) -> None:
-    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console = plain_console()
     if arguments.shard is not None:
         if arguments.document is None or arguments.tokenizer is None:
             raise ConfigError("--shard needs --document I and --tokenizer PATH.")

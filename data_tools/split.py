@@ -5,8 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-
+from data_tools.console import plain_console
 from data_tools.shard_streams import document_start, open_checked, piece_of, write_pieces
 from nemotron_train.data.shard_format import ShardLayout
 from nemotron_train.errors import ConfigError
@@ -54,7 +53,7 @@ def _cuts(layout: ShardLayout, wanted: int, shards: int | None) -> Iterator[int]
 
 def run(arguments: argparse.Namespace) -> None:
     made = split(arguments.input, arguments.output, shards=arguments.shards, shard_tokens=arguments.shard_tokens)
-    Console(stderr=True, soft_wrap=True).print(f"{len(made)} shards, {made[0]} to {made[-1]}")
+    plain_console(stderr=True).print(f"{len(made)} shards, {made[0]} to {made[-1]}")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-
+from data_tools.console import plain_console
 from data_tools.installed_text import Document, Roots, digest, find_modules, find_package_tests, find_prose, find_tests
 from nemotron_train.errors import DataError
 
@@ -117,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
     max_source_bytes = int(arguments.max_mb / len(SOURCES) * 1e6)
     corpus = collect_corpus(Roots.of_this_python(), max_source_bytes=max_source_bytes)
     write_corpus(corpus, arguments.output)
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     for note in corpus.notes:
         console.print(note)
     for source in SOURCES:

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_tools.console import plain_console
 from data_tools.documents import COMPRESSED_SUFFIXES, TEXT_SUFFIXES, find_files
 from data_tools.encoders import ENGINES, special_token_id, tokenizer_file
 from data_tools.executors import EXECUTORS, run_all
@@ -117,8 +117,10 @@ def count_shards(parts: Sequence[Part], shard_tokens: int) -> int:
 
 
 def _check(settings: TokenizeSettings, num_workers: int, task: tuple[int, int]) -> None:
-    if Path(settings.source).name != settings.source or not settings.source:
-        raise ConfigError(f"--source {settings.source!r} must be the name of a file: not empty, and without a slash.")
+    if Path(settings.source).name != settings.source or settings.source in ("", ".."):
+        raise ConfigError(
+            f"--source {settings.source!r} must be the name of a file: not empty, '.' or '..', and without a slash."
+        )
     if settings.seed < 0:
         raise ConfigError(f"--seed {settings.seed} must be 0 or more.")
     if num_workers < 1 or settings.shard_tokens < 1 or (settings.num_shards or 1) < 1:
@@ -157,7 +159,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True)
     settings = TokenizeSettings(
         source=arguments.source,
         tokenizer=tokenizer_file(arguments.tokenizer),
@@ -176,7 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     console.print(f"engine: {encoder_of(settings).engine_text}")
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[tokens]}"),
         TimeRemainingColumn(),

@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_tools.console import plain_console
 from data_tools.documents import TEXT_SUFFIXES, find_files, read_documents
 from data_tools.shard_writer import write_whole
 from nemotron_train.errors import ConfigError, DataError
@@ -35,7 +35,9 @@ PIECE_PATTERN = "|".join(
 )
 
 
-def train_tokenizer(files: Sequence[Path], *, vocab_size: int, sample_bytes: int, text_key: str = "text") -> Tokenizer:
+def train_tokenizer(
+    files: Sequence[Path], *, vocab_size: int, sample_bytes: float, text_key: str = "text"
+) -> Tokenizer:
     """Learn merges from the documents of files, which are read as `tokenize` reads them.
 
     Args:
@@ -70,7 +72,7 @@ def train_tokenizer(files: Sequence[Path], *, vocab_size: int, sample_bytes: int
     return tokenizer
 
 
-def _texts(files: Sequence[Path], sample_bytes: int, text_key: str) -> Iterator[str]:
+def _texts(files: Sequence[Path], sample_bytes: float, text_key: str) -> Iterator[str]:
     for path in files:
         taken = 0
         for document in read_documents(path, text_key, where=()):
@@ -81,16 +83,17 @@ def _texts(files: Sequence[Path], sample_bytes: int, text_key: str) -> Iterator[
 
 
 def run(arguments: argparse.Namespace) -> None:
-    sample_bytes = int(arguments.sample_mb * 1e6)
+    if not arguments.sample_mb > 0:
+        raise ConfigError(f"--sample-mb {arguments.sample_mb} must be above 0; inf takes whole files.")
     tokenizer = train_tokenizer(
         find_files(arguments.input, (*TEXT_SUFFIXES, *arguments.text_suffix)),
         vocab_size=arguments.vocab_size,
-        sample_bytes=sample_bytes,
+        sample_bytes=arguments.sample_mb * 1e6,
         text_key=arguments.text_key,
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.output, lambda file: file.write(tokenizer.to_str(pretty=True).encode()))
-    Console(soft_wrap=True, highlight=False).print(f"{arguments.output}: {arguments.vocab_size} entries")
+    plain_console().print(f"{arguments.output}: {arguments.vocab_size} entries")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -100,4 +103,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--text-suffix", action="append", default=[], metavar=".SUFFIX", help="of more plain-text files")
     add("--vocab-size", type=int, required=True, metavar="N", help="all entries, special token included")
     add("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
-    add("--sample-mb", type=float, default=4.0, metavar="MB", help="of each file to learn from (default 4)")
+    add(
+        "--sample-mb",
+        type=float,
+        default=4.0,
+        metavar="MB",
+        help="of each file to learn from, or inf (default 4)",
+    )

@@ -13,6 +13,7 @@ import xxhash
 from rich.console import Console
 from rich.progress import track
 
+from data_tools.console import plain_console
 from data_tools.encoders import tokenizer_file
 from data_tools.executors import run_all
 from data_tools.source_record import numbered_shards
@@ -183,7 +184,7 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[tuple[Path, ManifestShard |
 
 
 def run(arguments: argparse.Namespace) -> None:
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console = plain_console(stderr=True)
     tokenizer = tokenizer_file(arguments.tokenizer) if arguments.tokenizer else None
     expected = Expected(
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer else None,

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from nemotron_train.checkpoint.commit import (
+    COMMIT_FILE,
     Commit,
     DamagedCheckpoint,
     list_checkpoints,
@@ -24,6 +25,7 @@ from nemotron_train.runtime import Progress
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # the folder in a run's that holds them
+NAME_ONE = "Name a checkpoint, such as RUN_DIR/checkpoints/step_000000100, or auto."
 
 
 def checkpoints_folder(config: RunConfig) -> Path:
@@ -34,7 +36,7 @@ def check_named_folder(config: RunConfig) -> None:
     """Refuse a folder in `checkpoint.resume` that cannot be a checkpoint, before anything is started for it.
 
     Raises:
-        ConfigError: it does not exist, or holds checkpoints instead of being one.
+        ConfigError: it does not exist, holds checkpoints instead of being one, or has no `COMMIT.json`.
     """
     if config.checkpoint.resume in ("auto", "never"):
         return
@@ -43,17 +45,18 @@ def check_named_folder(config: RunConfig) -> None:
         named.stat()
     except OSError as error:
         problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise ConfigError(
-            f"checkpoint.resume={named} {problem}. Name a checkpoint, such as RUN_DIR/checkpoints/step_000000100, or "
-            "auto."
-        ) from error
+        raise ConfigError(f"checkpoint.resume={named} {problem}. {NAME_ONE}") from error
     in_run = named / CHECKPOINTS
     if in_run.is_dir():
         kind, checkpoints = "run folder", in_run
     elif list_checkpoints(named) or named.name == CHECKPOINTS:
         kind, checkpoints = "folder of checkpoints", named
-    else:
+    elif (named / COMMIT_FILE).is_file():
         return
+    else:
+        raise ConfigError(
+            f"checkpoint.resume={named} is not a complete checkpoint: it has no {COMMIT_FILE}. {NAME_ONE}"
+        )
     newest, _ = newest_checkpoint(checkpoints)
     if newest is None:
         raise ConfigError(f"checkpoint.resume={named} is a {kind} without a complete checkpoint. Name another one.")

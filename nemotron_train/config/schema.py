@@ -187,14 +187,14 @@ class SourceConfig:
     """A body of text with one weight in the blend: shards (`PREFIX.bin` + `PREFIX.idx`) read as one stream of
     tokens."""
 
-    name: str = MISSING
+    name: str = MISSING  # by which phases, figures and pictures call it
     prefixes: list[str] = field(default_factory=list)  # under data.path unless absolute; `*` expands, sorted by name
     eval_prefixes: list[str] = field(default_factory=list)  # held-out shards of this source; may be empty
 
 
 @dataclass(frozen=True)
 class SourceWeight:
-    source: str = MISSING
+    source: str = MISSING  # one of the names in data.sources
     weight: float = MISSING  # >= 0; the weights of a phase are normalised to a sum of 1
     fim_rate: float = 0.0  # of its documents that are rearranged for fill-in-the-middle, 0 to 1
 
@@ -204,7 +204,7 @@ class PhaseConfig:
     """From `start_tokens` on (until the next phase) sources are drawn with these weights."""
 
     start_tokens: int = MISSING  # 0 for the first phase, rising
-    weights: list[SourceWeight] = field(default_factory=list)
+    weights: list[SourceWeight] = field(default_factory=list)  # the sources that are read, and how much of each
     seq_length: int | None = None  # tokens of a sample; not asked: train.seq_length. A power of two times the first's
 
 
@@ -248,8 +248,8 @@ class LrSection:
 
 @dataclass(frozen=True)
 class BatchStep:
-    start_tokens: int = MISSING
-    global_batch_size: int = MISSING
+    start_tokens: int = MISSING  # above 0, rising
+    global_batch_size: int = MISSING  # samples of an optimizer step from there on
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class CheckpointSection:
 @dataclass(frozen=True)
 class LogSection:
     every_steps: int = 1  # metrics.jsonl and the console take every so many steps (the last step always)
-    wandb: WandbMode = WandbMode.off
+    wandb: WandbMode = WandbMode.off  # whether the run is shown on Weights & Biases too
     wandb_project: str = "nemotron-train"  # where runs are listed; log.wandb says whether
 
 

@@ -205,7 +205,6 @@ def check_phases(phases: Sequence[Phase], source_tokens: Mapping[str, int]) -> N
         raise ConfigError(f"data.phases start at {starts} tokens; the first must be there and start at 0.")
     for number, phase in enumerate(phases):
         key = f"data.phases[{number}]"
-        _check_length(f"{key}.seq_length", phase.seq_length, phases[0].seq_length)
         if number and phase.start_tokens <= phases[number - 1].start_tokens:
             raise ConfigError(
                 f"{key}.start_tokens={phase.start_tokens} does not come after the phase before it "
@@ -220,15 +219,6 @@ def check_phases(phases: Sequence[Phase], source_tokens: Mapping[str, int]) -> N
                 )
         if not any(weight > 0 for weight in phase.weights.values()):
             raise ConfigError(f"{key}.weights has no source with a weight above 0.")
-
-
-def _check_length(key: str, length: int, first_length: int) -> None:
-    ratio, rest = divmod(max(length, first_length), min(length, first_length))
-    if rest or ratio & (ratio - 1):
-        raise ConfigError(
-            f"{key}={length} is not the first phase's {first_length} times a power of two; then a source could not "
-            "read on from where the earlier phase left it. Use such a length."
-        )
 
 
 def _check_weight(key: str, name: str, weight: float, source_tokens: Mapping[str, int]) -> None:

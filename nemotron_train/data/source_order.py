@@ -67,7 +67,7 @@ class SourceOrder:
         """Args:
         first_length: tokens of the run's first sample, of whatever source.
         lengths: what lengths samples have from which positions on; rising, the first at 0. All are `first_length`
-            times a power of two.
+            times a power of two (`plan/run_rules.py` sees to it).
         """
         self.name, self.num_tokens, self._seed = name, num_tokens, seed
         self._block = _block_tokens(num_tokens, first_length)

@@ -123,7 +123,7 @@ def _choice(own: dict[str, str], key: str, choices: Sequence[str]) -> str:
 
 def _world_size(own: dict[str, str], config: RunConfig) -> int:
     if "world_size" not in own:
-        return ranks_per_replica(config.parallel)
+        return max(1, ranks_per_replica(config.parallel))  # sizes below 1 are named by the rules
     text = own["world_size"]
     if not text.isdecimal():
         raise ConfigError(f"world_size={text} is not a number of ranks, e.g. world_size=8.")

@@ -1,5 +1,7 @@
 """What do all pictures of a run look like? Colours, axes, and how a picture is written."""
 
+import errno
+import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,7 +21,17 @@ def style_axes(axes: Axes) -> None:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write the picture; one that is there is replaced in one step."""
+    """Write the picture; one that is there is replaced in one step.
+
+    Raises:
+        OSError: it cannot be written, with `path` as its file name.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)
+    try:
+        figure.savefig(partial, format="png", dpi=150)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

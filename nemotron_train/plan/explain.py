@@ -53,7 +53,7 @@ def explain(key: str, config: RunConfig, world_size: int, machine: Machine, over
     info = infos[key]
     allowed = RANGES.get(key)
     rows = [
-        (key, info.comment or "named as in Megatron-Core, where it means the same"),
+        (key, info.comment),
         ("type", info.type + (f", {allowed}" if allowed else "")),
         ("default", "none: a value must be given" if info.default == MISSING_TEXT else _text(info.default)),
     ]
@@ -133,7 +133,7 @@ def _set_by(key: str, overrides: Sequence[str]) -> list[str]:
     """Return where the value of this run comes from, the last word first: command line, experiments, groups."""
     given = {name: value for name, _, value in (override.lstrip("+").partition("=") for override in overrides)}
     key = key.partition("[]")[0]
-    if key in given:
+    if any(name == key or name.startswith(f"{key}.") for name in given):  # or an entry of a list, as `key.1.name`
         return ["the command line"]
     section, name = key.split(".")
     experiments = _recipes("experiment", _choice(given.get("experiment", "")))

@@ -8,7 +8,7 @@ from nemotron_train.config.keys import describe_keys, near_miss
 from nemotron_train.config.schema import DocumentBoundary, LrSchedule, Recompute, RunConfig
 from nemotron_train.plan.batching import first_sample_length, plan_batches
 from nemotron_train.plan.layout import ranks_per_replica
-from nemotron_train.plan.nearest import nearest_multiples
+from nemotron_train.plan.nearest import nearest_doublings, nearest_multiples
 
 SCHEDULES_THAT_READ = {
     "min": (LrSchedule.wsd, LrSchedule.cosine),
@@ -180,6 +180,19 @@ def lengths_change_between_steps(config: RunConfig, world_size: int) -> Iterator
         )
 
 
+def lengths_are_doublings_of_the_first(config: RunConfig, world_size: int) -> Iterator[str]:
+    first_key, first = first_sample_length(config)
+    for index, phase in enumerate(config.data.phases):
+        length = phase.seq_length or config.train.seq_length
+        ratio, rest = divmod(max(length, first), min(length, first))
+        if rest or ratio & (ratio - 1):
+            key = f"data.phases[{index}].seq_length" if phase.seq_length else "train.seq_length"
+            yield (
+                f"{key}={length} is not {first_key}={first} times a power of two; a source could not "
+                f"read on in phase {index} from where it was. Use {nearest_doublings(length, first)}."
+            )
+
+
 def fill_in_the_middle_has_its_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
     data = config.data
     wanted = any(weight.fim_rate for phase in data.phases for weight in phase.weights)
@@ -292,6 +305,7 @@ RUN_RULES = (
     source_names_are_unique,
     phases_start_at_zero_and_rise,
     lengths_change_between_steps,
+    lengths_are_doublings_of_the_first,
     fill_in_the_middle_has_its_tokens,
     phases_weigh_known_sources_once,
     every_source_is_used,

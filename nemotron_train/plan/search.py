@@ -1,7 +1,7 @@
 """Which layouts fit so many GPUs, which is the fastest, and why do the others not fit?
 
 Tried are tensor, context and pipeline sizes, virtual stages, micro-batches and recomputation; all else stays as asked.
-A layout is refused by the rules of a run, by memory, or because FP8 blocks of 128 tokens do not fill.
+A layout is refused by the rules of a run or by memory.
 """
 
 import re
@@ -12,7 +12,7 @@ from itertools import product
 from math import gcd
 from typing import Any
 
-from nemotron_train.config.schema import PrecisionFormat, Recompute, RunConfig
+from nemotron_train.config.schema import Recompute, RunConfig
 from nemotron_train.errors import ConfigError
 from nemotron_train.plan.batching import sample_lengths
 from nemotron_train.plan.gpu_table import Gpu
@@ -21,8 +21,6 @@ from nemotron_train.plan.measured import GPUS_PER_NODE
 from nemotron_train.plan.memory import RankMemory, memory_gib_per_gpu, needed_gib, plan_memory
 from nemotron_train.plan.nearest import nearest_multiples
 from nemotron_train.plan.pattern import CUT
-from nemotron_train.plan.precision_map import FP8_BLOCK
-from nemotron_train.plan.rank_share import tokens_on_rank
 from nemotron_train.plan.rules import check_rules, keys_split_over_tensor_parallel_ranks
 from nemotron_train.plan.run_plan import RunPlan, plan_run
 from nemotron_train.plan.step_time import BEYOND_TWO_GPUS, has_times, plan_time
@@ -145,10 +143,6 @@ def refusal(config: RunConfig, world_size: int) -> str | None:
             f"train.global_batch_size={train.global_batch_size} does not divide among data-parallel ranks x "
             "train.micro_batch_size"
         )
-    for _, length in sample_lengths(config):
-        tokens = tokens_on_rank(config, length).residual
-        if config.precision.format is PrecisionFormat.fp8_block and tokens % FP8_BLOCK:
-            return f"the tokens of a rank are not a multiple of the {FP8_BLOCK} of an FP8 block (such as {tokens:,})"
     if parallel.virtual_pipeline_size > 1 and train.global_batch_size // samples % parallel.pipeline_parallel_size:
         return "virtual stages need a multiple of the pipeline size of micro-batches on a rank"
     try:

@@ -52,6 +52,15 @@ def test_a_run_that_has_saved_nothing_is_called_that(tmp_path: Path, inner: str)
         check_named_folder(config_of(tmp_path / inner))
 
 
+def test_what_is_no_checkpoint_is_refused_before_anything_is_built(run_dir: Path, tmp_path: Path) -> None:
+    """Fails if a file, some folder or a damaged checkpoint goes on to where ranks have met."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file", tmp_path / "folder", run_dir / "checkpoints" / "step_000000015"):
+        with pytest.raises(ConfigError, match=r"^checkpoint\.resume=.* is not a complete checkpoint.* COMMIT\.json"):
+            check_named_folder(config_of(path))
+
+
 def test_a_path_that_cannot_be_followed_is_refused_by_its_key(tmp_path: Path) -> None:
     """Fails if a mistyped path is called a damaged checkpoint, or one below a file is called missing."""
     (tmp_path / "file").write_text("")

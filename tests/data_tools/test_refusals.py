@@ -35,6 +35,7 @@ def test_a_damaged_record_of_what_was_begun_is_named(
         ({"source": "a/b"}, "--source 'a/b' must be the name of a file"),
         ({"source": ""}, "--source '' must be the name of a file"),
         ({"source": "."}, "--source '.' must be the name of a file"),
+        ({"source": ".."}, "--source '..' must be the name of a file"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_any_work(
@@ -65,6 +66,8 @@ def test_keys_are_checked_as_for_a_run(corpus: Path, command: list[str], capsys:
     arguments = [*command, "experiment=own_text", f"data.path={corpus}", "data.max_epochs=1000"]
     assert main([*arguments, "train.global_batch_size=0"]) == 1
     assert "train.global_batch_size=0 must be at least 1" in capsys.readouterr().err
+    assert main([*arguments, "parallel.tensor_parallel_size=0"]) == 1
+    assert "world_size" not in capsys.readouterr().err  # which these tools do not take
     assert main([*arguments, "train.micro_batch_size=3"]) == 1  # a rule of several keys
     assert "is not a multiple of 3" in capsys.readouterr().err
     assert main(arguments) == 0
@@ -97,3 +100,45 @@ def test_an_output_that_cannot_be_written_is_named(
     printed = capsys.readouterr().err
     assert f"error: {tmp_path / 'file'}" in printed
     assert "Not a directory" in printed or "File exists" in printed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_names_with_brackets_are_printed_as_they_are(
+    corpus: Path,
+    tmp_path: Path,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if a name is taken for rich's markup: a traceback when the work is done, or a name that is not there."""
+    python = installation(tmp_path / "python")
+    monkeypatch.setattr(Roots, "of_this_python", lambda: python)
+    options = [option.format(corpus=corpus, text=tmp_path / "web.jsonl") for option in COMMANDS[command]]
+    output = "made[/b]"  # b] in the folder made[; for rich, the end of what is bold
+    monkeypatch.chdir(tmp_path)
+    Path("made[").mkdir()  # which a picture does not make
+    if command == "blend":
+        source = "{name: 'web[/b]', prefixes: ['train/web_*'], eval_prefixes: ['heldout/web_*']}"
+        phase = "{start_tokens: 0, weights: [{source: 'web[/b]', weight: 1}]}"
+        options = ["experiment=own_text", f"data.path={corpus}", "data.max_epochs=1000"]
+        options += [f"data.sources=[{source}]", f"data.phases=[{phase}]", "--png"]
+    if command == "tokenize":
+        options[options.index("w")] = "we[b]"
+    assert main([command, *options, output]) == 0
+    printed = "".join(capsys.readouterr())
+    told = {"tokenize": ("made[/b]/we[b]: ", "tokenize we[b] "), "blend": ("web[/b]",), "stdlib-corpus": ("documents",)}
+    assert all(text in printed for text in told.get(command, (output,)))
+    assert list(tmp_path.glob("made[[]/b]*"))
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a folder's name ends in a traceback, or another file's name is blamed or stays."""
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for path, problem in (("folder", "Is a directory"), (".", "Is a directory"), ("nowhere/a.png", "No such file")):
+        arguments = ["blend", "experiment=own_text", f"data.path={corpus}", "data.max_epochs=1000"]
+        assert main([*arguments, "--png", str(tmp_path / path)]) == 1
+        assert f"error: {tmp_path / path}: {problem}" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -99,6 +99,19 @@ def test_impossible_requests_are_explained(tmp_path: Path) -> None:
         train_tokenizer([tmp_path / "missing.jsonl"], vocab_size=300, sample_bytes=100)
 
 
+def test_whole_files_can_be_asked_for_and_no_less_than_nothing(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a size that is no number of bytes ends in a traceback, or quietly takes one document of each file."""
+    output = tmp_path / "tokenizer.json"
+    arguments = ["train-tokenizer", "--input", str(corpus), "--vocab-size", "300", "--output", str(output)]
+    for size in ("nan", "-1", "0"):
+        assert main([*arguments, f"--sample-mb={size}"]) == 1
+        assert "must be above 0" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*arguments, "--sample-mb=inf"]) == 0
+
+
 def test_documents_are_read_as_tokenize_reads_them(tmp_path: Path) -> None:
     """Fails if a format, a folder, a null text, a blank line or another key is read by one of the two commands only."""
     words = [f"word{number} thing{number * 7} déjà\r\nvu" for number in range(300)]

@@ -487,6 +487,18 @@ BROKEN: list[tuple[str, list[str], int, list[str]]] = [
         ["data.phases[1].start_tokens=1000000 is within a step", "256 and 512 tokens", "999424 and 1003520"],
     ),
     (
+        "lengths_are_doublings_of_the_first",
+        ["data.phases.1.seq_length=384"],
+        1,
+        ["data.phases[1].seq_length=384", "train.seq_length=256", "Use 256 or 512."],
+    ),
+    (
+        "lengths_are_doublings_of_the_first",
+        ["data.phases.0.seq_length=96"],
+        1,
+        ["train.seq_length=256", "data.phases[0].seq_length=96", "Use 192 or 384."],
+    ),
+    (
         "fill_in_the_middle_has_its_tokens",
         ["data.phases.0.weights.0.fim_rate=0.5", "data.fim_tokens=[a, b, a]"],
         1,
