@@ -63,7 +63,7 @@ def find_package_tests(roots: Roots) -> list[Document]:
     return unique(_read(path, name) for path, name in _site_files(roots) if is_test(name))
 
 
-def find_prose(roots: Roots, *, enough_bytes: int) -> list[Document]:
+def find_prose(roots: Roots, *, enough_bytes: float) -> list[Document]:
     """Return text files and docstrings: the standard library's, then packages' until there is enough."""
     return unique(_prose(roots, enough_bytes))
 
@@ -113,7 +113,7 @@ def docstrings_of(source: str) -> str:
     return "\n\n\n".join(parts)
 
 
-def _prose(roots: Roots, enough_bytes: int) -> Iterator[Document | None]:
+def _prose(roots: Roots, enough_bytes: float) -> Iterator[Document | None]:
     num_bytes = 0
     for document in _text_files(roots):
         num_bytes += document.num_bytes

@@ -19,7 +19,7 @@ from statistics import median
 
 from data_tools.console import plain_console
 from data_tools.installed_text import Document, Roots, digest, find_modules, find_package_tests, find_prose, find_tests
-from nemotron_train.errors import DataError
+from nemotron_train.errors import ConfigError, DataError
 
 SOURCES = ("code", "tests", "prose")
 HELD_OUT_FRACTION = 0.025
@@ -35,7 +35,7 @@ class Corpus:
     notes: tuple[str, ...]
 
 
-def collect_corpus(roots: Roots, *, max_source_bytes: int) -> Corpus:
+def collect_corpus(roots: Roots, *, max_source_bytes: float) -> Corpus:
     """Find the documents of the three sources.
 
     Args:
@@ -98,7 +98,7 @@ def write_corpus(corpus: Corpus, output: Path) -> None:
             partial.replace(folder / f"{source}.jsonl")
 
 
-def _first_bytes(documents: list[Document], max_bytes: int) -> list[Document]:
+def _first_bytes(documents: list[Document], max_bytes: float) -> list[Document]:
     kept, num_bytes = [], 0
     for document in documents:
         num_bytes += document.num_bytes
@@ -113,8 +113,9 @@ def _num_bytes(documents: list[Document]) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    max_source_bytes = int(arguments.max_mb / len(SOURCES) * 1e6)
-    corpus = collect_corpus(Roots.of_this_python(), max_source_bytes=max_source_bytes)
+    if not arguments.max_mb > 0:
+        raise ConfigError(f"--max-mb {arguments.max_mb} must be above 0; inf takes all there is.")
+    corpus = collect_corpus(Roots.of_this_python(), max_source_bytes=arguments.max_mb / len(SOURCES) * 1e6)
     write_corpus(corpus, arguments.output)
     console = plain_console()
     for note in corpus.notes:
@@ -128,5 +129,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets the folders train and heldout")
-    parser.add_argument("--max-mb", type=float, default=24.0, metavar="MB", help="size of it all at most (default 24)")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="gets the folders train and heldout")
+    parser.add_argument(
+        "--max-mb", type=float, default=24.0, metavar="MB", help="size of it all at most, or inf (default 24)"
+    )

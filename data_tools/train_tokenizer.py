@@ -103,10 +103,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--text-suffix", action="append", default=[], metavar=".SUFFIX", help="of more plain-text files")
     add("--vocab-size", type=int, required=True, metavar="N", help="all entries, special token included")
     add("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
-    add(
-        "--sample-mb",
-        type=float,
-        default=4.0,
-        metavar="MB",
-        help="of each file to learn from, or inf (default 4)",
-    )
+    add("--sample-mb", type=float, default=4.0, metavar="MB", help="of each file to learn from, or inf (default 4)")

@@ -83,19 +83,20 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_an_output_that_cannot_be_written_is_named(
-    corpus: Path,
-    tmp_path: Path,
-    command: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Fails if the user gets a traceback, or has to guess which file it is about."""
+@pytest.fixture
+def options(corpus: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a command, up to where its output goes."""
     python = installation(tmp_path / "python")
     monkeypatch.setattr(Roots, "of_this_python", lambda: python)
+    return [option.format(corpus=corpus, text=tmp_path / "web.jsonl") for option in COMMANDS[command]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_cannot_be_written_is_named(
+    tmp_path: Path, command: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the user gets a traceback, or has to guess which file it is about."""
     (tmp_path / "file").touch()
-    options = [option.format(corpus=corpus, text=tmp_path / "web.jsonl") for option in COMMANDS[command]]
     assert main([command, *options, str(tmp_path / "file" / "below")]) == 1
     printed = capsys.readouterr().err
     assert f"error: {tmp_path / 'file'}" in printed
@@ -107,13 +108,11 @@ def test_names_with_brackets_are_printed_as_they_are(
     corpus: Path,
     tmp_path: Path,
     command: str,
+    options: list[str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fails if a name is taken for rich's markup: a traceback when the work is done, or a name that is not there."""
-    python = installation(tmp_path / "python")
-    monkeypatch.setattr(Roots, "of_this_python", lambda: python)
-    options = [option.format(corpus=corpus, text=tmp_path / "web.jsonl") for option in COMMANDS[command]]
     output = "made[/b]"  # b] in the folder made[; for rich, the end of what is bold
     monkeypatch.chdir(tmp_path)
     Path("made[").mkdir()  # which a picture does not make
@@ -142,3 +141,17 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(
         assert main([*arguments, "--png", str(tmp_path / path)]) == 1
         assert f"error: {tmp_path / path}: {problem}" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_corpus_may_be_of_any_size_above_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a size that is no number of bytes ends in a traceback, or in a corpus of nothing."""
+    python = installation(tmp_path / "python")
+    monkeypatch.setattr(Roots, "of_this_python", lambda: python)
+    output = tmp_path / "text"
+    for size in ("nan", "-1", "0"):
+        assert main(["stdlib-corpus", "--output", str(output), f"--max-mb={size}"]) == 1
+        assert "must be above 0" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(["stdlib-corpus", "--output", str(output), "--max-mb=inf"]) == 0
