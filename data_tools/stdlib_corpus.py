@@ -131,6 +131,4 @@ def run(arguments: argparse.Namespace) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="gets the folders train and heldout")
-    parser.add_argument(
-        "--max-mb", type=float, default=24.0, metavar="MB", help="size of it all at most, or inf (default 24)"
-    )
+    add("--max-mb", type=float, default=24.0, metavar="MB", help="size of it all at most, or inf (default 24)")
